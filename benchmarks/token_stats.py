@@ -1,7 +1,8 @@
 """Speed and memory of `score_tokens` against full logits and against bare matmuls: `python benchmarks/token_stats.py`.
 
-Three processes score the same chains with the same 103M-parameter Qwen3-shaped model (random weights, bf16, 151,936
-tokens), a piece at a time and in turn, so that whatever else the machine does slows all of them down:
+Three processes score the same chains with the same 103M-parameter Qwen3-shaped model (random weights, 151,936 tokens;
+bf16 where the processor multiplies it, else float32), a piece at a time and in turn, so that whatever else the machine
+does slows all of them down:
 
     plain    batches of 8 in the given order, padded; logits of every position; logsumexp and top-100 of the response
     fused    score_tokens, compiled
@@ -39,13 +40,22 @@ VOCABULARY, BUDGET, LARGE = 151_936, 4096, 4096
 RESULT = Path("runs/bench/token_stats.json")
 
 
+def native_dtype() -> torch.dtype:
+    """Return bf16, or float32 on a processor that only emulates it: there bf16 is ten times slower."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # no public question exists
+    return torch.bfloat16 if native else torch.float32
+
+
+DTYPE = native_dtype()
+
+
 def make_model() -> PreTrainedModel:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
         num_key_value_heads=4, head_dim=64, max_position_embeddings=4096, tie_word_embeddings=True,
     )  # fmt: skip
-    return Qwen3ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    return Qwen3ForCausalLM._from_config(config, dtype=DTYPE).eval()
 
 
 def make_pieces(chains: int, pieces: int) -> list[list[ScoredSequence]]:
@@ -92,8 +102,8 @@ def matmul(model: PreTrainedModel, sequences: list[ScoredSequence]) -> dict[str,
     for batch in plan_batches(fed, BUDGET):
         work += [(sum(fed[i] for i in batch), layer) for layer in body]
         work += [(sum(int(np.sum(sequences[i].scored)) for i in batch), model.lm_head)]
-    inputs = {layer.in_features: torch.randn(2 * BUDGET, layer.in_features).bfloat16() for _, layer in work}
-    logits = torch.empty(BUDGET, 8192, dtype=torch.bfloat16)
+    inputs = {layer.in_features: torch.randn(2 * BUDGET, layer.in_features).to(DTYPE) for _, layer in work}
+    logits = torch.empty(BUDGET, 8192, dtype=DTYPE)
     start = time.perf_counter()
     for rows, layer in work:
         x = inputs[layer.in_features][:rows]
@@ -103,7 +113,7 @@ def matmul(model: PreTrainedModel, sequences: list[ScoredSequence]) -> dict[str,
         else:
             layer(x)
     same = time.perf_counter() - start
-    large = torch.randn(LARGE, LARGE).bfloat16()
+    large = torch.randn(LARGE, LARGE).to(DTYPE)
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
@@ -195,6 +205,7 @@ def measure(pieces: list[list[ScoredSequence]], repeats: int, arguments: list[st
         "compile_and_warm_up_seconds": compiling,
         "plain_peak_gb": peak["plain"],
         "fused_peak_gb": peak["fused"],
+        "dtype": str(DTYPE).removeprefix("torch."),
         "chains": len(chains),
         "tokens": tokens,
         "scored_tokens": scored,

@@ -5,8 +5,9 @@ Everything that is asked of a token y with logit t follows from sums over the vo
     nll      = log S,                 S = sum_j exp(x_j - t)
     rank     = 1 + C,                 C = #{j : x_j > t}
     entropy  = log S - D / S,         D = sum_j exp(x_j - t) (x_j - t)
+    variance = Q / S - (D / S)^2,     Q = sum_j exp(x_j - t) (x_j - t)^2    (of -log p, under p)
 
-S, C and D simply add up over slices of the vocabulary, so one slice of logits is made, read once, and overwritten by
+S, C, D and Q simply add up over slices of the vocabulary, so one slice of logits is made, read once, and overwritten by
 the next. Two things can spoil such a row, and both are noticed: S overflows (a token of probability below e^-88), or
 the logit t, needed before its own slice is reached, was rounded differently there. Such rows, a few in a million,
 are done again with all their logits at once; so the rank is always exact with respect to one set of logits.
@@ -50,8 +51,8 @@ class VocabularyHead:
 
 def token_statistics(
     hidden: Tensor, targets: Tensor, head: VocabularyHead, *, entropy: bool = False, compiled: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return negative log-likelihood, rank and entropy of one target token per hidden state.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return negative log-likelihood, rank, entropy and its variance for one target token per hidden state.
 
     The sums over the vocabulary are accumulated in fp32 from logits of the head's own dtype.
 
@@ -59,49 +60,43 @@ def token_statistics(
         hidden: (n, hidden), in the dtype and on the device of the head.
         targets: (n,) token ids.
         head: The language-model head.
-        entropy: Also return the entropy of each predicted distribution.
+        entropy: Also return the entropy of each predicted distribution, and the variance of -log p under it.
         compiled: Run the pass over the logits through `torch.compile`: one kernel that reads each logit once.
 
     Returns:
-        nll (n,) fp32 in nats; rank (n,) int32, 1 + the number of strictly greater logits; entropy (n,) fp32 in nats,
-        or None.
+        nll (n,) fp32 in nats; rank (n,) int32, 1 + the number of strictly greater logits; entropy (n,) fp32 in nats
+        and variance (n,) fp32 in squared nats, or None.
     """
     fold = _fold(head.scale, head.softcap, entropy, compiled)
     vocabulary = head.weight.shape[0]
-    # In fp32 a logit computed on its own hardly ever equals the one inside a product bit for bit.
-    if hidden.dtype == torch.float32 or vocabulary <= _slice(hidden.device):
-        results = hidden.new_empty(3, len(hidden), dtype=torch.float32)
+    if vocabulary <= _slice(hidden.device):
+        results = hidden.new_empty(4, len(hidden), dtype=torch.float32)
         doubtful = torch.arange(len(hidden), device=hidden.device)
     else:
         results, doubtful = _sliced(hidden, targets, head, fold)
     for rows in doubtful.split(max(1, _FULL_ELEMENTS // vocabulary)):
         results[:, rows] = _whole_rows(hidden[rows], targets[rows], head, fold)
-    nll, higher, entropies = results
-    return nll, higher.to(torch.int32) + 1, entropies if entropy else None
+    nll, higher, entropies, variances = results
+    rank = higher.to(torch.int32) + 1
+    return (nll, rank, entropies, variances) if entropy else (nll, rank, None, None)
 
 
 def _sliced(hidden: Tensor, targets: Tensor, head: VocabularyHead, fold: Callable) -> tuple[Tensor, Tensor]:
-    """Go through the vocabulary slice by slice; return (3, n) nll, count, entropy and the rows to do again."""
+    """Go through the vocabulary slice by slice; return (4, n) nll, count, entropy, variance and the rows to do again."""
     n, vocabulary, width = len(hidden), head.weight.shape[0], _slice(hidden.device)
     # Sorted by target, the rows whose own logit lies in a slice are neighbours.
     targets, order = targets.sort()
     hidden = hidden[order]
     starts = range(0, vocabulary, width)
     bounds = torch.searchsorted(targets, torch.tensor([*starts, vocabulary], device=targets.device)).tolist()
-    target_raw = (hidden.float() * head.weight[targets].float()).sum(-1, keepdim=True)
-    if head.bias is not None:
-        target_raw += head.bias[targets, None].float()
-    target_raw = target_raw.to(hidden.dtype)
+    slices = list(zip(starts, bounds, bounds[1:], strict=False))
+    target_raw = _target_logits(hidden, targets, head, slices, width)
     seen = torch.empty_like(target_raw)
-    sums = hidden.new_zeros(3, n, dtype=torch.float32)
+    sums = hidden.new_zeros(4, n, dtype=torch.float32)
     buffer = hidden.new_empty(n * width)
-    for start, first, last in zip(starts, bounds, bounds[1:], strict=False):
-        weight = head.weight[start : start + width]
-        raw = buffer[: n * len(weight)].view(n, len(weight))
-        if head.bias is None:
-            torch.mm(hidden, weight.t(), out=raw)
-        else:
-            torch.addmm(head.bias[start : start + width], hidden, weight.t(), out=raw)
+    for start, first, last in slices:
+        raw = buffer[: n * min(width, vocabulary - start)].view(n, -1)
+        _slice_logits(hidden, head, start, raw)
         for total, part in zip(sums, fold(raw, target_raw), strict=False):
             total += part
         if first < last:
@@ -112,11 +107,38 @@ def _sliced(hidden: Tensor, targets: Tensor, head: VocabularyHead, fold: Callabl
     return results, order[doubtful]
 
 
+def _slice_logits(hidden: Tensor, head: VocabularyHead, start: int, out: Tensor) -> Tensor:
+    """Write the raw logits of the vocabulary entries from `start` on into `out` (n, v)."""
+    weight = head.weight[start : start + out.shape[1]]
+    if head.bias is None:
+        return torch.mm(hidden, weight.t(), out=out)
+    return torch.addmm(head.bias[start : start + out.shape[1]], hidden, weight.t(), out=out)
+
+
+def _target_logits(
+    hidden: Tensor, targets: Tensor, head: VocabularyHead, slices: list[tuple[int, int, int]], width: int
+) -> Tensor:
+    """Return the raw logits (n, 1) of targets in ascending order, nearly always bit for bit those of their slices."""
+    if hidden.dtype != torch.float32:  # rounding to 16 bits hides the order of summation
+        logits = (hidden.float() * head.weight[targets].float()).sum(-1, keepdim=True)
+        if head.bias is not None:
+            logits += head.bias[targets, None].float()
+        return logits.to(hidden.dtype)
+    # In fp32 only a product of the same shape sums in the same order; of each slice, its own rows are few.
+    logits = hidden.new_empty(len(hidden), 1)
+    for start, first, last in slices:
+        if first < last:
+            out = hidden.new_empty(last - first, min(width, len(head.weight) - start))
+            raw = _slice_logits(hidden[first:last], head, start, out)
+            logits[first:last] = raw.gather(1, targets[first:last, None] - start)
+    return logits
+
+
 def _whole_rows(hidden: Tensor, targets: Tensor, head: VocabularyHead, fold: Callable) -> Tensor:
-    """Return (3, n) nll, count, entropy from all logits of the rows at once."""
+    """Return (4, n) nll, count, entropy, variance from all logits of the rows at once."""
     raw = torch.nn.functional.linear(hidden, head.weight, head.bias)
     target_raw = raw.gather(1, targets[:, None])
-    sums = torch.zeros(3, len(raw), device=raw.device)
+    sums = torch.zeros(4, len(raw), device=raw.device)
     for total, part in zip(sums, fold(raw, target_raw), strict=False):
         total += part
     results = _finish(sums)
@@ -124,7 +146,11 @@ def _whole_rows(hidden: Tensor, targets: Tensor, head: VocabularyHead, fold: Cal
     if len(overflow):
         log_p = _transform(raw[overflow], head.scale, head.softcap).log_softmax(-1)
         results[0, overflow] = -log_p.gather(1, targets[overflow, None]).squeeze(1)
-        results[2, overflow] = -torch.xlogy(log_p.exp(), log_p.exp()).sum(-1)
+        p = log_p.exp()
+        results[2, overflow] = -torch.xlogy(p, p).sum(-1)
+        # Where p is 0 its term is 0, whatever log p is.
+        squares = torch.where(p > 0, p * log_p.square(), 0).sum(-1)
+        results[3, overflow] = (squares - results[2, overflow].square()).clamp(min=0)
     return results
 
 
@@ -133,15 +159,16 @@ def _slice(device: torch.device) -> int:
 
 
 def _finish(sums: Tensor) -> Tensor:
-    """Turn (3, n) sums S, C, D into nll, count and entropy."""
-    exp_sum, higher, moment = sums
-    nll = exp_sum.log()
-    return torch.stack([nll, higher, (nll - moment / exp_sum).clamp(min=0)])
+    """Turn (4, n) sums S, C, D, Q into nll, count, entropy and variance."""
+    exp_sum, higher, first, second = sums
+    nll, mean = exp_sum.log(), first / exp_sum
+    variance = second / exp_sum - mean.square()
+    return torch.stack([nll, higher, (nll - mean).clamp(min=0), variance.clamp(min=0)])
 
 
 @lru_cache
 def _fold(scale: float, softcap: float | None, entropy: bool, compiled: bool) -> Callable:
-    """Return the pass over raw logits (n, v) with targets' raw logits (n, 1): the sums S, C and, on demand, D."""
+    """Return the pass over raw logits (n, v) with targets' raw logits (n, 1): the sums S, C and, on demand, D, Q."""
 
     def fold(raw: Tensor, target_raw: Tensor) -> tuple[Tensor, ...]:
         # Scale and softcap are increasing, so the raw logits rank as the transformed ones; comparing the raw ones
@@ -152,7 +179,8 @@ def _fold(scale: float, softcap: float | None, entropy: bool, compiled: bool) ->
         exp = difference.exp()
         if not entropy:
             return exp.sum(1), higher
-        return exp.sum(1), higher, (exp * difference).sum(1)
+        moment = exp * difference
+        return exp.sum(1), higher, moment.sum(1), (moment * difference).sum(1)
 
     return torch.compile(fold, dynamic=True) if compiled else fold
 
