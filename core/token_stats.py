@@ -60,11 +60,13 @@ class TokenStats:
         nll: (n,) fp32, -log p(token | context) in nats.
         rank: (n,) int32, 1 + the number of vocabulary entries with strictly greater logits.
         entropy: (n,) fp32, entropy of the predicted distribution in nats, or None when not asked for.
+        varentropy: (n,) fp32, variance of -log p under the predicted distribution in squared nats, with `entropy`.
     """
 
     nll: Tensor
     rank: Tensor
     entropy: Tensor | None = None
+    varentropy: Tensor | None = None
 
     def top_k_hits(self, k: int) -> Tensor:
         """Return (n,) booleans: is the token among the k most likely? Ties count in its favour."""
@@ -92,7 +94,7 @@ def score_tokens(
         sequences: What to score. A sequence without scored tokens yields empty statistics.
         token_budget: Most tokens, padding included, of one forward pass; a longer sequence goes alone.
         chunk: Most positions that go through the language-model head together.
-        entropy: Also compute the entropy of each predicted distribution.
+        entropy: Also compute the entropy of each predicted distribution, and the variance of -log p under it.
         compiled: Run the model's layers and the pass over the logits through `torch.compile`; None decides by the
             amount of work.
         done: Keys that need no scoring; batches made only of these are skipped.
@@ -227,7 +229,7 @@ def _scored_hidden(
     return hidden.flatten(0, 1)[torch.cat(rows).to(hidden.device)], torch.cat(targets)
 
 
-def _per_sequence(parts: list[tuple[Tensor, Tensor, Tensor | None]], lengths: list[int]) -> list[TokenStats]:
+def _per_sequence(parts: list[tuple[Tensor | None, ...]], lengths: list[int]) -> list[TokenStats]:
     """Join the statistics of a batch's chunks and cut them into those of its sequences."""
     columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True) if column[0] is not None]
     return [TokenStats(*stats) for stats in zip(*(column.split(lengths) for column in columns), strict=True)]

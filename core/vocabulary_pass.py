@@ -82,7 +82,7 @@ def token_statistics(
 
 
 def _sliced(hidden: Tensor, targets: Tensor, head: VocabularyHead, fold: Callable) -> tuple[Tensor, Tensor]:
-    """Go through the vocabulary slice by slice; return (4, n) nll, count, entropy, variance and the rows to do again."""
+    """Go through the vocabulary slice by slice; return (4, n) nll, count, entropy, variance, and doubtful rows."""
     n, vocabulary, width = len(hidden), head.weight.shape[0], _slice(hidden.device)
     # Sorted by target, the rows whose own logit lies in a slice are neighbours.
     targets, order = targets.sort()
