@@ -6,22 +6,14 @@ The same arguments give the same files, byte for byte. The folder appears whole 
 complete, nothing is done.
 """
 
-import argparse
-import json
-import os
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from ...core.errors import AfterglowError, RunFolderError
+from ..made_folder import make_folder, run_command, write_jsonl
 from .problems import IN_DOMAIN, OUT_OF_DOMAIN, Problem, problem_stream
 from .teachers import PLAIN, TEACHERS, Teacher, solve
-
-CONFIG_FILE = "world.json"
 
 
 @dataclass(frozen=True)
@@ -36,12 +28,6 @@ class WorldConfig:
     vocab_size: int = field(default=640, metadata={"help": "Largest size of the tokenizer."})
     hidden_size: int = field(default=192, metadata={"help": "Width of the model; a multiple of 64."})
     layers: int = field(default=2, metadata={"help": "Layers of the model."})
-
-
-def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """Write rows as JSON lines."""
-    with open(path, "w", encoding="utf-8", newline="\n") as out:
-        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def make_problems(config: WorldConfig) -> dict[str, list[Problem]]:
@@ -87,7 +73,6 @@ def write_world(folder: Path, config: WorldConfig) -> None:
     model = init_model(tokenizer, config.seed, config.hidden_size, config.layers)
     tokenizer.save_pretrained(folder / "init")
     model.save_pretrained(folder / "init")
-    (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
 
 
 def make_world(output_dir: str | Path, config: WorldConfig, overwrite: bool = False) -> Path:
@@ -96,44 +81,12 @@ def make_world(output_dir: str | Path, config: WorldConfig, overwrite: bool = Fa
     Raises:
         RunFolderError: the folder holds something else.
     """
-    output_dir = Path(output_dir)
-    if output_dir.exists() and not overwrite:
-        made = output_dir / CONFIG_FILE
-        if made.is_file() and json.loads(made.read_text(encoding="utf-8")) == asdict(config):
-            return output_dir
-        raise RunFolderError(
-            f"{output_dir}: exists and is not the world of these settings. "
-            "Pass --overwrite to make it anew, or another --output_dir."
-        )
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
-    try:
-        partial.chmod(0o755)
-        write_world(partial, config)
-        if output_dir.exists():
-            shutil.rmtree(output_dir)
-        os.replace(partial, output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return output_dir
+    return make_folder(output_dir, config, write_world, overwrite)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m afterglow.recipes.demo.world", description=__doc__)
-    parser.add_argument("--output_dir", required=True, help="Folder to make.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace what the folder holds.")
-    for item in fields(WorldConfig):
-        parser.add_argument(f"--{item.name}", type=int, default=item.default, help=item.metadata["help"])
-    values = vars(parser.parse_args(arguments))
-    output_dir, overwrite = values.pop("output_dir"), values.pop("overwrite")
-    try:
-        folder = make_world(output_dir, WorldConfig(**values), overwrite)
-    except AfterglowError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
-    return 0
+    return run_command("afterglow.recipes.demo.world", __doc__, WorldConfig, make_world, arguments)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from ...core.errors import AfterglowError, DataError
 from ...core.trajectory import content_hash, read_rows
 from ..demo.tokenizer import init_model
-from ..demo.world import write_jsonl
+from ..made_folder import write_jsonl
 
 HELD_OUT = 500
 FILES = ("problems/gsm8k_train.jsonl.gz", "tokenizers/qwen3/tokenizer_config.json")
