@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.special import gammaln
+from scipy.stats import hypergeom
 
 from ..core.errors import DataError, RecipeError
 
@@ -69,6 +70,28 @@ def pass_at_k(n: int, correct: Sequence[int] | np.ndarray, k: int) -> np.ndarray
     check_k([k], n)
     factors = np.maximum(1 - k / np.arange(n, 0, -1), 0)  # from i = n down; 0 from i = k on: a hit is certain
     return (1 - np.concatenate([[1.0], np.cumprod(factors)]))[np.asarray(correct, dtype=int)]
+
+
+def g_pass_at_k(n: int, correct: Sequence[int] | np.ndarray, k: int, tau: float) -> np.ndarray:
+    """Probability that at least tau k of k samples, drawn without replacement from n, are correct.
+
+    sum_{j >= ceil(tau k)} C(c, j) C(n-c, k-j) / C(n, k), arXiv 2412.13147, equation 4. tau = 1 is pass^k, "all k are
+    correct"; a tau of at most 1/k is pass@k.
+
+    Args:
+        n: samples per problem.
+        correct: correct samples of each problem, (problems,).
+        k: size of the draw.
+        tau: share that must be correct, above 0, at most 1.
+
+    Raises:
+        RecipeError: k is below 1 or above n, or tau is outside its range.
+    """
+    check_k([k], n)
+    if not 0 < tau <= 1:
+        raise RecipeError(f"tau of G-pass@k is {tau}: use a number above 0, at most 1.")
+    least = max(1, math.ceil(tau * k - 1e-9))  # 0.7 * 10 is 7.000000000000001
+    return hypergeom.sf(least - 1, n, np.asarray(correct, dtype=int), k)
 
 
 def majority_at_k(classes: Sequence[tuple[int, float]], without_answer: int, k: int) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from afterglow.core.errors import DataError, RecipeError
-from afterglow.eval.pass_at_k import check_complete, check_k, majority_at_k, pass_at_k
+from afterglow.eval.pass_at_k import check_complete, check_k, g_pass_at_k, majority_at_k, pass_at_k
 
 
 @pytest.mark.parametrize(
@@ -108,3 +108,22 @@ def test_majority_identities():
     assert majority_at_k(classes, none, n) == 0
     assert majority_at_k([(500, 1.0), (499, 0.0), (1, 0.0)], 24, 1024) == pytest.approx(1), "large n stays finite"
     assert 0.4 < majority_at_k([(500, 1.0), (499, 0.0), (1, 0.0)], 24, 512) < 0.6
+
+
+def test_g_pass_equals_the_mean_over_all_subsets():
+    labels = [True, False, False, True, True, False, False]
+    for k in range(1, 8):
+        draws = [sum(draw) for draw in itertools.combinations(labels, k)]
+        for tau in (0.25, 0.5, 0.7, 1.0):
+            expected = sum(hits >= math.ceil(round(tau * k, 9)) for hits in draws) / len(draws)
+            assert g_pass_at_k(7, [3], k, tau)[0] == pytest.approx(expected)
+
+
+def test_g_pass_spans_from_pass_at_k_to_pass_hat_k():
+    counts = range(17)
+    assert g_pass_at_k(16, counts, 8, 1 / 8) == pytest.approx(pass_at_k(16, counts, 8))
+    assert g_pass_at_k(16, counts, 8, 1.0) == pytest.approx([math.comb(c, 8) / math.comb(16, 8) for c in counts])
+    assert g_pass_at_k(20, [14], 10, 0.7)[0] == g_pass_at_k(20, [14], 10, 0.65)[0], "0.7 x 10 is 7, not 8"
+    for tau in (0, 1.1):
+        with pytest.raises(RecipeError, match="tau of G-pass@k"):
+            g_pass_at_k(4, [1], 2, tau)

@@ -1,10 +1,19 @@
 import numpy as np
 import pytest
-from scipy.stats import betabinom
+from scipy.stats import betabinom, ttest_1samp
 
 from afterglow.core.errors import DataError
 from afterglow.eval.pass_at_k import pass_at_k
-from afterglow.eval.uncertainty import mean_interval, paired_difference
+from afterglow.eval.uncertainty import (
+    holm,
+    mean_interval,
+    new_problems_error,
+    paired_difference,
+    problems_needed,
+    resolvable,
+    run_to_run_error,
+    sign_flip_test,
+)
 
 
 @pytest.mark.parametrize(
@@ -92,3 +101,64 @@ def test_other_problems_cannot_be_paired():
         paired_difference({"a": 1, "b": 0}, {"a": 1, "c": 0})
     with pytest.raises(DataError, match="at least two problems"):
         paired_difference({"a": 1}, {"a": 0})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which error: new problems, or a run again
+
+
+@pytest.mark.parametrize(
+    ("n", "new", "again"), [(1, 0.092, 0.061), (8, 0.070, 0.022), (64, 0.067, 0.008)], ids="n={}".format
+)
+def test_more_samples_shrink_only_the_run_to_run_error(n, new, again):
+    """30 problems of U-shaped difficulty: simulated means over both kinds of repetition, and our two estimates."""
+    rng = np.random.default_rng(0)
+    over_problems = rng.binomial(n, rng.beta(0.4, 0.4, (4_000, 30))) / n
+    assert over_problems.mean(1).std() == pytest.approx(new, rel=0.05)
+    estimates = [new_problems_error(scores) for scores in over_problems[:400]]
+    assert np.sqrt(np.mean(np.square(estimates))) == pytest.approx(new, rel=0.05)
+    within = [
+        (rng.binomial(n, p, (200, 30)) / n).mean(1).std(ddof=1) for p in rng.beta(0.4, 0.4, (100, 30))
+    ]  # the same 30 problems, 200 times
+    assert np.sqrt(np.mean(np.square(within))) == pytest.approx(again, rel=0.06)
+    if n > 1:
+        by_count = np.arange(n + 1) / n
+        found = [run_to_run_error(n, (scores * n).round(), by_count) for scores in over_problems[:400]]
+        assert np.sqrt(np.mean(np.square(found))) == pytest.approx(again, rel=0.06)
+
+
+def test_run_to_run_error_by_hand_and_of_pass_at_k():
+    assert run_to_run_error(4, [1, 3, 4], np.arange(5) / 4) == pytest.approx(np.sqrt(2 * 0.1875 / 3) / 3)
+    assert run_to_run_error(1, [1, 0], np.arange(2)) is None and new_problems_error([0.3]) is None
+    rng = np.random.default_rng(1)
+    p, by_count = rng.beta(1, 1, 40), pass_at_k(16, range(17), 4)
+    true = by_count[rng.binomial(16, p, (4_000, 40))].mean(1).std()
+    found = np.mean([run_to_run_error(16, rng.binomial(16, p), by_count) for _ in range(200)])
+    assert found == pytest.approx(true, rel=0.12), "plug-in: a little small for k > 1"
+
+
+def test_power_is_what_it_says():
+    """The difference that 30 problems resolve is found in 80% of simulated comparisons, and 4 x as many halve it."""
+    rng, error = np.random.default_rng(2), 0.03
+    shift = resolvable(error)
+    assert shift == pytest.approx(2.8016 * error, rel=1e-4)
+    found = rng.normal(shift, error * np.sqrt(30), (4_000, 30)).mean(1) / error > 1.96
+    assert found.mean() == pytest.approx(0.8, abs=0.02)
+    assert problems_needed(shift, error, 30) == 30 and problems_needed(shift / 2, error, 30) == 120
+    assert problems_needed(0.0, error, 30) is None
+
+
+def test_sign_flips():
+    assert sign_flip_test([0.1] * 5) == 2 / 32, "both ways of all five signs alike"
+    assert sign_flip_test([0.0] * 30) == 1 and sign_flip_test([0.5, -0.5]) == 1
+    rng = np.random.default_rng(3)
+    many = rng.normal(0.1, 0.3, 40)
+    assert sign_flip_test(many) == sign_flip_test(many), "seeded"
+    assert sign_flip_test(many) == pytest.approx(ttest_1samp(many, 0).pvalue, rel=0.3)
+    level = np.mean([sign_flip_test(rng.normal(0, 0.3, 12)) < 0.05 for _ in range(400)])
+    assert 0.02 < level < 0.08
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
