@@ -97,29 +97,8 @@ class TransformersEngine(Engine):
 
     @torch.inference_mode()
     def _batch(self, requests: list[Request]) -> list[Completion]:
-        device = self._model.device
         limits = [room(request, self.max_context) for request in requests]
-        sampler = _RowSampler(requests, limits, self._checkpoint, device)
-        pad: Any = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        longest = max(len(request.prompt_ids) for request in requests)
-        ids = torch.full((len(requests), longest), pad)
-        mask = torch.zeros_like(ids)
-        for row, request in enumerate(requests):
-            ids[row, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-            mask[row, longest - len(request.prompt_ids) :] = 1
-        self._model.generate(
-            ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=GenerationConfig(do_sample=False, max_new_tokens=max(limits), pad_token_id=pad),
-            logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([_AllStopped(sampler)]),
-        )
-        return [
-            make_completion(
-                request, self._checkpoint, row.tokens, row.stopped, row.logprobs if request.logprobs else None
-            )
-            for request, row in zip(requests, sampler.rows, strict=True)
-        ]
+        return sample_batch(self._model, requests, limits, self._checkpoint)
 
     def load_weights(self, model: str) -> None:
         """See `Engine.load_weights`."""
@@ -139,6 +118,44 @@ class TransformersEngine(Engine):
         self._model = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def sample_batch(
+    model: Any, requests: Sequence[Request], limits: Sequence[int], checkpoint: Checkpoint
+) -> list[Completion]:
+    """Sample one batch of requests, with the same filters each, through `model.generate`.
+
+    With a model that is sharded over processes, all of them call it together: generate() goes on until the last
+    process has its tokens.
+
+    Args:
+        model: a causal language model. What its generation configuration says applies where this says nothing.
+        requests: at least one.
+        limits: tokens that each may have.
+        checkpoint: end tokens and tokenizer.
+
+    Returns:
+        One completion per request, in order.
+    """
+    sampler = _RowSampler(requests, limits, checkpoint, model.device)
+    pad: Any = checkpoint.tokenizer.pad_token_id if checkpoint.tokenizer.pad_token_id is not None else 0
+    longest = max(len(request.prompt_ids) for request in requests)
+    ids = torch.full((len(requests), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, request in enumerate(requests):
+        ids[row, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+        mask[row, longest - len(request.prompt_ids) :] = 1
+    model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=GenerationConfig(do_sample=False, max_new_tokens=max(limits), pad_token_id=pad),
+        logits_processor=LogitsProcessorList([sampler]),
+        stopping_criteria=StoppingCriteriaList([_AllStopped(sampler)]),
+    )
+    return [
+        make_completion(request, checkpoint, row.tokens, row.stopped, row.logprobs if request.logprobs else None)
+        for request, row in zip(requests, sampler.rows, strict=True)
+    ]
 
 
 def _filters(sampling: SamplingConfig) -> tuple[float, float, int, float]:
@@ -174,7 +191,9 @@ class _RowSampler(LogitsProcessor):
     that vLLM uses. A row's noise depends on its seed and step alone.
     """
 
-    def __init__(self, requests: list[Request], limits: list[int], checkpoint: Checkpoint, device: torch.device):
+    def __init__(
+        self, requests: Sequence[Request], limits: Sequence[int], checkpoint: Checkpoint, device: torch.device
+    ):
         self.rows = [_Row() for _ in requests]
         self._requests, self._limits, self._checkpoint = requests, limits, checkpoint
         self._greedy = requests[0].sampling.temperature == 0
