@@ -13,16 +13,17 @@ help: ## list the targets
 
 install: $(VENV)/.installed ## create .venv: the GPU build of vLLM where nvidia-smi answers, the CPU build otherwise
 
-# torch goes first and alone: no other package may choose it (see CONTRIBUTING, "Installation").
+# torch goes first and alone: no other package may choose it (see CONTRIBUTING, "Installation"). Compiling every module
+# of 3 GB takes longer than all the rest; Python compiles those that are imported.
 $(VENV)/.installed: pyproject.toml requirements/cpu.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "afterglow needs Python 3.11 or newer; say make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q --no-compile torch==2.13.0
 	if nvidia-smi >/dev/null 2>&1; then \
-		$(BIN)/python -m pip install -q -e ".[vllm,deepspeed,dev]"; \
+		$(BIN)/python -m pip install -q --no-compile -e ".[vllm,deepspeed,dev]"; \
 	else \
-		$(BIN)/python -m pip install -q --no-deps -r requirements/cpu.lock && \
+		$(BIN)/python -m pip install -q --no-compile --no-deps -r requirements/cpu.lock && \
 		$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .; \
 	fi
 	touch $@

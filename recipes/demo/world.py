@@ -22,9 +22,9 @@ class WorldConfig:
 
     seed: int = field(default=0, metadata={"help": "Decides every file."})
     pretrain_problems: int = field(default=5500, metadata={"help": "Problems of the base model's training."})
-    train_problems: int = field(default=3000, metadata={"help": "Problems that the teachers solve."})
-    heldout_id: int = field(default=250, metadata={"help": "Held-out problems of the same families."})
-    heldout_ood: int = field(default=150, metadata={"help": "Problems of unseen families, longer or larger."})
+    train_problems: int = field(default=2400, metadata={"help": "Problems that the teachers solve."})
+    heldout_id: int = field(default=200, metadata={"help": "Held-out problems of the same families."})
+    heldout_ood: int = field(default=100, metadata={"help": "Problems of unseen families, longer or larger."})
     vocab_size: int = field(default=640, metadata={"help": "Largest size of the tokenizer."})
     hidden_size: int = field(default=192, metadata={"help": "Width of the model; a multiple of 64."})
     layers: int = field(default=2, metadata={"help": "Layers of the model."})
