@@ -57,9 +57,17 @@ class Section:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: `1e-5` is a number, which PyYAML's YAML 1.1 rule reads as a string."""
+    """YAML 1.2 where PyYAML keeps to 1.1: `1e-5` is a number, and `no` (of `save_strategy: no`) a word, not false."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  PyYAML's class attribute
+        first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?([eE][-+]?\d+)$|^[-+]?\.\d+([eE][-+]?\d+)?$"),

@@ -129,3 +129,9 @@ def test_every_key_of_trl_configs_can_be_parsed():
     section = Section({"output_dir": "o", "model_name_or_path": "m", "use_cpu": True, "bf16": False})
     model, sft = build(section, ModelConfig, SFTConfig)
     assert model.model_name_or_path == "m" and sft.use_cpu
+
+
+@pytest.mark.parametrize("word", ["no", "yes", "on", "off"])
+def test_no_is_a_word_as_in_save_strategy(tmp_path, word):
+    assert recipe(tmp_path, f"output_dir: {word}\n").values["output_dir"] == word
+    assert recipe(tmp_path, "output_dir: o\n", "--dtype", word).values["dtype"] == word
