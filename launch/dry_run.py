@@ -23,7 +23,7 @@ from .console import print_table
 from .memory import count_parameters, estimate
 from .model_folder import check_model
 from .processes import Setup
-from .training_recipe import Training, load_table
+from .training_recipe import Training, load_further_tables, load_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,6 +53,7 @@ def show_plan(training: Training, setup: Setup, overwrite: bool = False) -> None
     console = Console(highlight=False)
     args = training.args
     table = load_table(training.data)
+    load_further_tables(training)
     if not overwrite:
         RunFolder.check(str(args.output_dir), "train", training.config, inputs=training.inputs)
     _show_recipe(console, training)

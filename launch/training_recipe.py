@@ -24,9 +24,14 @@ if TYPE_CHECKING:
 METHODS = {
     "glow": ("afterglow.trainers.glow", "GLOWConfig", "GLOWTrainer"),
     "sft": ("trl", "SFTConfig", "SFTTrainer"),
+    "unlearn": ("afterglow.trainers.unlearning", "UnlearnConfig", "UnlearnTrainer"),
 }
 # What a trainer reads of a trajectory, and what it may read besides.
-COLUMNS, OPTIONAL_COLUMNS = ("id", "prompt", "completion"), ("tools", "chat_template_kwargs", "sample_weight")
+COLUMNS = ("id", "prompt", "completion")
+OPTIONAL_COLUMNS = ("tools", "chat_template_kwargs", "sample_weight", "alternative")
+# Further tables of a method, read like `data`: key of its configuration -> argument of its trainer.
+TABLES = {"retain_data": "retain_dataset"}
+FILES = (*TABLES, "alternatives")  # keys of a method that name what it reads
 # How the processes are driven, not what is computed; and what must not be stored.
 NO_IDENTITY = frozenset({"use_cpu", "ddp_backend", "dataloader_pin_memory", "hub_token"})
 REFUSED = {
@@ -63,7 +68,8 @@ class Training:
     def inputs(self) -> dict[str, str | list[str]]:
         """What this run reads, by the name of the key that says so."""
         inputs = {"data": self.data.data, "model_name_or_path": str(self.model.model_name_or_path)}
-        return inputs | ({"problems": self.data.problems} if self.data.problems else {})
+        inputs |= {"problems": self.data.problems} if self.data.problems else {}
+        return inputs | {key: source for key in FILES if (source := getattr(self.args, key, None))}
 
 
 def parse(section: Section) -> Training:
@@ -173,6 +179,24 @@ def load_table(data: DataConfig) -> "Dataset":
     return table.select_columns(wanted)
 
 
+def load_further_tables(training: Training) -> "dict[str, Dataset]":
+    """Read and check what a trainer reads besides `data`, by the name of its argument.
+
+    Raises:
+        RecipeError: the recipe does not name one of them.
+        DataError: a row is wrong.
+    """
+    tables = {}
+    for key, argument in TABLES.items():
+        if not hasattr(training.args, key):
+            continue
+        if not (source := getattr(training.args, key)):
+            raise RecipeError(f"`{key}` is missing. Trajectories to keep, read like `data`.")
+        columns = {ours: theirs for ours, theirs in training.data.columns.items() if ours in COLUMNS}
+        tables[argument] = load_table(dataclasses.replace(training.data, data=source, columns=columns))
+    return tables
+
+
 def check(training: Training, overwrite: bool = False) -> None:
     """Check data, model and run folder, and write nothing.
 
@@ -180,6 +204,7 @@ def check(training: Training, overwrite: bool = False) -> None:
         DataError, ModelError, RunFolderError: what would stop the run.
     """
     load_table(training.data)
+    load_further_tables(training)
     check_the_model(training)
     if not overwrite:
         RunFolder.check(str(training.args.output_dir), "train", training.config, inputs=training.inputs)

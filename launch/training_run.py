@@ -17,7 +17,7 @@ from ..core.run_folder import JsonlLog, RunFolder, write_atomic
 from ..core.trajectory import content_hash
 from ..trainers.checkpoints import MarkComplete, last_complete_checkpoint
 from .console import print_table
-from .training_recipe import Training, check_processes, check_the_model, load_table
+from .training_recipe import Training, check_processes, check_the_model, load_further_tables, load_table
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -207,6 +207,7 @@ def _make_trainer(training: Training, table: Any, callbacks: list[TrainerCallbac
             model=str(model.model_name_or_path),
             args=args,
             train_dataset=table,
+            **load_further_tables(training),
             callbacks=callbacks,
             peft_config=get_peft_config(model),
             quantization_config=get_quantization_config(model),
