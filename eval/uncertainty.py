@@ -67,6 +67,23 @@ def mean_interval(scores: Sequence[float] | np.ndarray) -> Interval:
     return Interval(mean, float(min(low, mean)), float(max(high, mean)), "Wilson, effective sample size, problems")
 
 
+def mean_over_seeds(values: Sequence[float] | np.ndarray) -> Interval:
+    """Mean of one score over runs with different seeds, with Student's t interval over the runs: what other seeds give.
+
+    Args:
+        values: one per run, (runs,).
+
+    Raises:
+        DataError: there are fewer than two runs.
+    """
+    runs = np.asarray(values, dtype=float)
+    if len(runs) < 2:
+        raise DataError(f"an interval over seeds needs at least two runs, there are {len(runs)}.")
+    mean = float(runs.mean())
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, len(runs) - 1) * runs.std(ddof=1) / np.sqrt(len(runs)))
+    return Interval(mean, mean - half, mean + half, f"Student's t over {len(runs)} runs")
+
+
 def new_problems_error(scores: Sequence[float] | np.ndarray) -> float | None:
     """Standard error of a mean over problems: s / sqrt(N). None for a single problem.
 

@@ -175,11 +175,20 @@ def tree_memory_gb() -> float:
 
 
 def write_summary(output_dir: Path, stages: list[Stage], record: Record) -> None:
-    """Write summary.json: the scores of each evaluation by its label, seconds, and peak memory."""
+    """Write summary.json: the scores of each evaluation by its label, seconds, and peak memory.
+
+    Stages of one `seeds` stand under its label, their scores as means over the seeds that are there.
+    """
     summary: dict[str, Any] = {}
+    of_seeds: dict[str, list[dict[str, Any]]] = {}
     for stage in stages:
-        if stage.verb == "eval" and (scores := _scores(stage)):
-            summary[stage.label] = scores
+        if stage.verb != "eval" or not (scores := _scores(stage)):
+            continue
+        if stage.group:
+            of_seeds.setdefault(stage.group, []).append(scores)
+            if len(of_seeds[stage.group]) > 1:
+                scores = _mean_scores(of_seeds[stage.group])
+        summary[stage.group or stage.label] = scores
     summary |= {"seconds": round(record.seconds, 1), "peak_memory_gb": round(record.peak_memory_gb, 3)}
     write_atomic(output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
 
@@ -195,6 +204,24 @@ def _scores(stage: Stage) -> dict[str, Any]:
         return {}
     first = next(iter(by_task.values()))
     return first | ({"tasks": by_task} if len(by_task) > 1 else {})
+
+
+def _mean_scores(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The scores that all runs have, as means over the runs with the interval over them; tasks in the same way."""
+    from ..eval.uncertainty import mean_over_seeds
+
+    means: dict[str, Any] = {}
+    for name in runs[0]:
+        found = [run[name] for run in runs if name in run]
+        if len(found) < len(runs):
+            continue
+        if set(found[0]) >= {"value", "low", "high"}:
+            values = [score["value"] for score in found]
+            mean = mean_over_seeds(values)
+            means[name] = {"value": mean.value, "low": mean.low, "high": mean.high, "seeds": values}
+        else:
+            means[name] = _mean_scores(found)
+    return means
 
 
 def _intervals(scores: dict[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,11 @@
       - make: {module: afterglow.recipes.demo.world, output_dir: runs/demo/world, seed: 0}
       - train: base.yaml
       - eval: {recipe: eval.yaml, label: base, model: runs/demo/base, output_dir: runs/demo/eval-base}
+      - train: {recipe: glow.yaml, seeds: [0, 1, 2], output_dir: "runs/demo/glow-{seed}"}
       - report: runs/demo
 
-Recipes are found beside the pipeline; paths inside them are relative to where the command is given.
+Recipes are found beside the pipeline; paths inside them are relative to where the command is given. A stage with `seeds`
+is as many stages, one after another: `seed` is set, `{seed}` in its other keys is replaced, the labels are `glow-0`, ...
 """
 
 import difflib
@@ -15,7 +17,7 @@ import importlib.util
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ class Stage:
     keys: dict[str, Any]
     where: str
     flags: dict[str, Any] = field(default_factory=dict)
+    group: str | None = None  # label of the stage with `seeds` that it is one of
 
     @property
     def name(self) -> str:
@@ -114,10 +117,12 @@ def parse_pipeline(path: str, overrides: list[str]) -> tuple[Path, list[Stage]]:
     for item in config.stages:
         try:
             stage = _parse_stage(item, path, section.place("stages"))
-            if stage.name in taken or stage.label in RESERVED:
+            of_seeds = _over_seeds(stage)
+            names = {stage.name, *(one.name for one in of_seeds)}
+            if names & taken or stage.label in RESERVED:
                 raise RecipeError(f"{stage.where}: the label `{stage.label}` is taken. Give the stage another `label`.")
-            taken.add(stage.name)
-            stages.append(stage)
+            taken |= names
+            stages += of_seeds
         except RecipeError as error:
             errors.append(str(error))
     if errors or not stages:
@@ -147,6 +152,29 @@ def _parse_stage(item: Any, pipeline: str, where: str) -> Stage:
     if verb == "report" and keys:
         raise RecipeError(f"{where}: a report has no key `{next(iter(keys))}`.")
     return Stage(verb, str(label), target, keys, where, flags)
+
+
+def _over_seeds(stage: Stage) -> list[Stage]:
+    """Return the stages that one stage stands for: one for each of its `seeds`, or itself."""
+    if "seeds" not in stage.keys:
+        return [stage]
+    seeds = stage.keys.pop("seeds")
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise RecipeError(f"{stage.where}: `seeds` is a list of whole numbers, such as [0, 1, 2]; got {seeds!r}.")
+    return [
+        replace(stage, label=f"{stage.label}-{seed}", keys=_with_seed(stage.keys, seed) | {"seed": seed},
+                group=stage.label)
+        for seed in seeds
+    ]  # fmt: skip
+
+
+def _with_seed(value: Any, seed: int) -> Any:
+    """Replace `{seed}` in every string of a value."""
+    if isinstance(value, str):
+        return value.replace("{seed}", str(seed))
+    if isinstance(value, dict):
+        return {key: _with_seed(inner, seed) for key, inner in value.items()}
+    return [_with_seed(inner, seed) for inner in value] if isinstance(value, list) else value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,6 +231,10 @@ def parse_recipe(verb: str, section: Section) -> None:
 
         if verb == "eval" and "samples" in section.values:
             build(section, ScoreConfig)
+        elif verb == "eval" and "suite" in section.values:
+            from ..eval.unlearning import parse_suite
+
+            parse_suite(section)
         else:
             build(section, EvalConfig if verb == "eval" else SampleConfig, EngineConfig)
 

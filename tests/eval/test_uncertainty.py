@@ -7,6 +7,7 @@ from afterglow.eval.pass_at_k import pass_at_k
 from afterglow.eval.uncertainty import (
     holm,
     mean_interval,
+    mean_over_seeds,
     new_problems_error,
     paired_difference,
     problems_needed,
@@ -162,3 +163,14 @@ def test_sign_flips():
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_mean_over_seeds_is_students_t():
+    found = mean_over_seeds([0.1, 0.2, 0.3])
+    assert found.value == pytest.approx(0.2)
+    assert found.high - found.value == pytest.approx(4.30265 * 0.1 / 3**0.5, abs=1e-5)  # t of two degrees of freedom
+    assert found.value - found.low == pytest.approx(found.high - found.value)
+    same = mean_over_seeds([0.5, 0.5])
+    assert (same.low, same.high) == (0.5, 0.5)
+    with pytest.raises(DataError, match="at least two runs"):
+        mean_over_seeds([0.5])

@@ -219,3 +219,49 @@ def test_memory_is_that_of_the_whole_tree():
     with_child = pipeline.tree_memory_gb()
     child.communicate(b"\n")
     assert with_child - pipeline.tree_memory_gb() > 0.25
+
+
+def test_seeds_are_as_many_stages_and_stand_in_the_summary_as_one(world, checked_here):
+    keys = {"recipe": "one.yaml", "label": "few", "seeds": [0, 7], "output_dir": "runs/few-{seed}"}
+    rows = {"data": ["made/data.jsonl", "more-{seed}.jsonl"]}
+    write_recipe(world, output_dir="runs", stages=[{"make": {"module": "maker", "output_dir": "made"}},
+                                                   {"filter": keys | rows}])  # fmt: skip
+    _, (_, first, second) = parse_pipeline(str(world), [])
+    assert (first.name, second.name, second.group) == ("filter few-0", "filter few-7", "few")
+    assert second.keys == {"seed": 7, "output_dir": "runs/few-7", "data": ["made/data.jsonl", "more-7.jsonl"]}
+
+    for wrong in ([], 3, ["a"], [True]):
+        write_recipe(world, output_dir="runs", stages=[{"filter": keys | {"seeds": wrong}}])
+        with pytest.raises(RecipeError, match="`seeds` is a list of whole numbers"):
+            parse_pipeline(str(world), [])
+    same_folder = [{"filter": keys | {"output_dir": "runs/few"}}]
+    write_recipe(world, output_dir="runs", stages=same_folder)
+    _, stages = parse_pipeline(str(world), [])
+    with pytest.raises(RecipeError, match=r"that of stage `filter few-0` already"):
+        check_stages(stages)
+    write_recipe(
+        world, output_dir="runs", stages=[{"filter": keys}, {"filter": {"recipe": "one.yaml", "label": "few"}}]
+    )
+    with pytest.raises(RecipeError, match="label `few` is taken"):
+        parse_pipeline(str(world), [])
+
+    # Scores of two seeds, 0.2 and 0.4: Student's t with one degree of freedom, 12.706 x 0.1 either way.
+    stages = [pipeline.Stage("eval", f"npo-{seed}", "x", {"output_dir": f"runs/npo-{seed}"}, "", group="npo")
+              for seed in (0, 1)]  # fmt: skip
+    for stage, value in zip(stages, (0.2, 0.4), strict=True):
+        folder = Path(f"runs/npo-{stage.label[-1]}")
+        folder.mkdir(parents=True)
+        score = {"value": value, "low": 0.0, "high": 1.0}
+        (folder / "manifest.json").write_text(json.dumps({"summary": {"forget": {"probability": score, "rows": 3}}}))
+        write_recipe(folder / "r.yaml", output_dir=str(folder))
+        stage.target = str(folder / "r.yaml")
+        stage.keys = {}
+    record = pipeline.Record(Path("runs"), time.monotonic())
+    pipeline.write_summary(Path("runs"), stages[:1], record)
+    assert json.loads(Path("runs/summary.json").read_text())["npo"] == {"probability": score | {"value": 0.2}}
+    pipeline.write_summary(Path("runs"), stages, record)
+    (mean,) = json.loads(Path("runs/summary.json").read_text())["npo"].values()
+    assert mean["seeds"] == [0.2, 0.4] and mean["value"] == pytest.approx(0.3)
+    assert mean["low"] == pytest.approx(0.3 - 1.2706, abs=1e-3) and mean["high"] == pytest.approx(
+        0.3 + 1.2706, abs=1e-3
+    )
