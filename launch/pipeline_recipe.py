@@ -8,8 +8,9 @@
       - train: {recipe: glow.yaml, seeds: [0, 1, 2], output_dir: "runs/demo/glow-{seed}"}
       - report: runs/demo
 
-Recipes are found beside the pipeline; paths inside them are relative to where the command is given. A stage with `seeds`
-is as many stages, one after another: `seed` is set, `{seed}` in its other keys is replaced, the labels are `glow-0`, ...
+Recipes are found beside the pipeline; paths inside them are relative to where the command is given. A stage with
+`seeds` is as many stages, one after another: `seed` is set, `{seed}` in its other keys is replaced, the labels are
+`glow-0`, `glow-1`, ...
 """
 
 import difflib
