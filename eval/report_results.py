@@ -1,7 +1,7 @@
 """What the report says of scores, filters and trainings: numbers and figures from the files of their run folders."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import yaml
 from ..core.trajectory import read_rows
 from . import report_figures as figures
 from .pass_at_k import pass_at_k
-from .scores import PROBLEMS_FILE, SCORES_FILE, percent
+from .scores import PROBLEMS_FILE, SCORES_FILE, percent, shown_metrics
 from .uncertainty import paired_difference
 
 SERIES_SHOWN = 8
@@ -55,7 +55,7 @@ def describe_tasks(evaluations: list[Run]) -> Iterator[dict[str, Any]]:
         runs = {name: of_run[task] for name, of_run in scores.items() if task in of_run}
         problems = {name: [row for row in counts[name] if row["task"] == task] for name in runs}
         first = next(iter(runs))
-        metrics = _shown(runs.values())
+        metrics = shown_metrics(runs.values())
         yield {
             "name": task,
             "metrics": metrics,
@@ -77,13 +77,6 @@ def _task_figures(runs: Mapping[str, Any], problems: Mapping[str, list[dict[str,
         counts = {name: np.histogram(values, edges)[0].tolist() for name, values in lengths.items()}
         drawn.append(figures.histogram("mean tokens of each problem's samples", edges.tolist(), counts, "problems"))
     return drawn
-
-
-def _shown(runs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """All pass@k, and the maj@k of the largest k: the others stand in the figure."""
-    names = dict.fromkeys(name for of in runs for name in of)
-    votes = sorted((name for name in names if name.startswith("maj@")), key=lambda name: int(name[4:]))
-    return [name for name in names if name.startswith("pass@")] + votes[-1:]
 
 
 def _score_row(name: str, of: Mapping[str, Any], metrics: list[str]) -> dict[str, Any]:

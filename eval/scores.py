@@ -1,4 +1,7 @@
-"""From graded samples to the table of scores: pass@k, avg@n, maj@k with intervals, truncated and ungradable counts."""
+"""From graded samples to the table of scores: pass@k, pass^k, maj@k with intervals, truncated and ungradable counts.
+
+docs/results_schema.md describes what is written; `SCHEMA` goes up when a reader of the old files would misread the new.
+"""
 
 import json
 from collections import Counter
@@ -7,16 +10,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..core.answer_comparison import normalise, parse_number, text_key
+from ..core.errors import RunFolderError
 from ..core.grading import Grader
 from ..core.progress import progress
 from ..core.run_folder import write_atomic
-from .pass_at_k import check_complete, check_k, majority_at_k, pass_at_k
-from .uncertainty import mean_interval
+from .pass_at_k import check_complete, check_k, g_pass_at_k, majority_at_k, pass_at_k
+from .uncertainty import mean_interval, new_problems_error, resolvable, run_to_run_error
 
 # An answer is compared by symbolic mathematics with this many more frequent answers of its problem at most.
 SYMBOLIC_COMPARISONS = 8
 SCORES_FILE, PROBLEMS_FILE = "scores.json", "problems.jsonl"
+SCHEMA = 2
+GENERAL_TAU = 0.5  # of G-pass@k: at least half of the k samples are right
 
 Equal = Callable[[str, str], bool]
 
@@ -79,22 +87,71 @@ def score(
     check_complete({name: len(samples) for name, samples in problems.items()}, n, where)
     used = {name: sorted(samples, key=lambda sample: sample.sample_index)[:n] for name, samples in problems.items()}
     correct = [sum(sample.correct is True for sample in samples) for samples in used.values()]
-    scores: dict[str, Any] = {"n": n, "n_problems": len(used)}
-    for size in sorted(set(k)):
-        scores[f"pass@{size}"] = vars(mean_interval(pass_at_k(n, correct, size))).copy()
-    scores[f"avg@{n}"] = vars(mean_interval(pass_at_k(n, correct, 1))).copy()
-    voting = sorted({size for size in k if size > 2} | ({n} if n > 2 else set()))  # maj@1 and maj@2 equal pass@1
-    if voting and any(sample.extracted for samples in used.values() for sample in samples):
-        votes = _classes_of_all(used, equal, workers, where)
-        for size in voting:
+    votes = _votes(used, equal, workers, where)
+    scores: dict[str, Any] = {"schema": SCHEMA, "n": n, "n_problems": len(used)}
+    sizes = sorted(set(k))
+    for size in sizes:
+        scores[f"pass@{size}"] = _metric(n, correct, pass_at_k(n, range(n + 1), size))
+    scores[f"avg@{n}"] = _metric(n, correct, pass_at_k(n, range(n + 1), 1))
+    for size in (size for size in sizes if size > 1):
+        scores[f"pass^{size}"] = _metric(n, correct, g_pass_at_k(n, range(n + 1), size, 1.0))
+        scores[f"g-pass@{size}_{GENERAL_TAU}"] = _metric(n, correct, g_pass_at_k(n, range(n + 1), size, GENERAL_TAU))
+    if votes:
+        for size in sorted({size for size in k if size > 2} | ({n} if n > 2 else set())):  # maj@1, maj@2 equal pass@1
             values = [majority_at_k(classes, none, size) for classes, none in votes]
-            scores[f"maj@{size}"] = vars(mean_interval(values)).copy()
+            scores[f"maj@{size}"] = vars(mean_interval(values)) | {"se_new_problems": new_problems_error(values)}
+    scores["resolvable"] = _resolvable(scores[f"avg@{n}"])
+    scores["answer_entropy"] = float(np.mean([_entropy(classes) for classes, _ in votes])) if votes else None
     scores |= _counts([sample for samples in used.values() for sample in samples])
     unused = sum(map(len, problems.values())) - n * len(used)
     if unused:
         scores["unused_samples"] = unused
     rows = [_problem_row(name, samples) for name, samples in used.items()]
+    for row, (classes, none) in zip(rows, votes, strict=bool(votes)):
+        row |= {"answers": [list(answer) for answer in classes], "no_answer": none}
     return scores, rows
+
+
+def _metric(n: int, correct: Sequence[int], by_count: np.ndarray) -> dict[str, Any]:
+    """Mean over problems of a score that depends on the number of correct samples, with both standard errors.
+
+    Args:
+        n: samples per problem.
+        correct: correct samples of each problem, (problems,).
+        by_count: the score of a problem with 0, 1, ..., n correct samples, (n + 1,).
+    """
+    values = by_count[np.asarray(correct)]
+    return vars(mean_interval(values)) | {
+        "se_new_problems": new_problems_error(values),
+        "se_run_to_run": run_to_run_error(n, correct, by_count),
+    }
+
+
+def _resolvable(accuracy: Mapping[str, Any]) -> dict[str, float | None]:
+    """Differences in accuracy that 80% of comparisons with another model of as many samples would find.
+
+    `same_problems`: on these very problems. `unpaired`: on this kind of problem, from two separate scores. A paired
+    comparison (`afterglow compare`) lies between the two.
+    """
+    errors = {"same_problems": accuracy["se_run_to_run"], "unpaired": accuracy["se_new_problems"]}
+    return {name: None if error is None else resolvable(2**0.5 * error) for name, error in errors.items()}
+
+
+def _votes(
+    used: Mapping[str, Sequence[Sample]], equal: Equal | None, workers: int, where: str
+) -> list[tuple[list[tuple[int, float]], int]]:
+    """The answer classes of every problem; none where there is nothing to compare."""
+    several = any(len(samples) > 1 for samples in used.values())
+    if several and any(sample.extracted for samples in used.values() for sample in samples):
+        return _classes_of_all(used, equal, workers, where)
+    return []
+
+
+def _entropy(classes: Sequence[tuple[int, float]]) -> float:
+    """Entropy in nats of the answers to one problem, samples without an answer left out; 0 where none has one."""
+    shares = np.array([count for count, _ in classes], dtype=float)
+    shares = shares / shares.sum() if len(shares) else shares
+    return float(-(shares * np.log(shares)).sum()) + 0.0
 
 
 def _counts(samples: list[Sample]) -> dict[str, Any]:
@@ -204,22 +261,30 @@ def _same_answer(answer: _Answer, wrong: list[_Answer], equal: Equal | None) -> 
 # what a person sees
 
 
+CAPTION = (
+    "%, 95% interval over new problems of this kind. resolves: the difference between two models that 80% of "
+    "comparisons on these problems would find, in points."
+)
+
+
 def show_scores(scores: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
     """Print the table of scores in percent, with their intervals."""
     from rich.console import Console
     from rich.table import Table
 
-    names = list(dict.fromkeys(name for task in scores.values() for name in task if _is_metric(name)))
-    table = Table(title=f"eval: {folder}", title_justify="left", caption="%, 95% interval over problems")
+    names = shown_metrics(scores.values())
+    table = Table(title=f"eval: {folder}", title_justify="left", caption=CAPTION)
     table.add_column("")
     for task in scores:
         table.add_column(task, justify="right", overflow="fold")
     facts: dict[str, Callable[[Mapping[str, Any]], str]] = {
         name: lambda task, name=name: percent(task[name]) if name in task else "" for name in names
     }
+    facts["resolves"] = lambda task: _points(task["resolvable"]["same_problems"])
     facts["problems x samples"] = lambda task: f"{task['n_problems']:,} x {task['n']}"
     facts["truncated"] = lambda task: _count(task["truncated"])
     facts["ungradable"] = lambda task: _count(task["ungradable"])
+    facts["answer entropy (nats)"] = lambda task: _number(task["answer_entropy"])
     facts["tokens per sample"] = lambda task: f"{task['mean_tokens']:,.0f}" if task["mean_tokens"] is not None else "?"
     for label, show in facts.items():
         table.add_row(label, *(show(task) for task in scores.values()))
@@ -231,8 +296,21 @@ def show_scores(scores: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
             console.print(f"{task}, ungradable: {listed}", soft_wrap=True, markup=False)
 
 
-def _is_metric(name: str) -> bool:
-    return name.startswith(("pass@", "maj@"))
+def shown_metrics(tasks: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the metrics of a table: every pass@k, and pass^k and maj@k of the largest k."""
+    names = list(dict.fromkeys(name for task in tasks for name in task))
+    kinds = {kind: [name for name in names if name.startswith(kind)] for kind in ("pass@", "pass^", "maj@")}
+    return kinds["pass@"] + [
+        max(kinds[kind], key=lambda name: int(name[len(kind) :])) for kind in ("pass^", "maj@") if kinds[kind]
+    ]
+
+
+def _points(share: float | None) -> str:
+    return "?" if share is None else f"{100 * share:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2f}"
 
 
 def percent(interval: Mapping[str, Any]) -> str:
@@ -260,5 +338,15 @@ def write_scores(folder: Path, scores: Mapping[str, Any], rows: Iterable[Mapping
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
-    """Return what `write_scores` wrote."""
-    return json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
+    """Return what `write_scores` wrote.
+
+    Raises:
+        RunFolderError: another version of the package wrote them, in another schema.
+    """
+    scores = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
+    if any(of.get("schema") != SCHEMA for of in scores.values()):
+        raise RunFolderError(
+            f"{folder / SCORES_FILE}: written in another schema than {SCHEMA}, by another version of afterglow. Run "
+            "the evaluation again with --overwrite, or score its samples anew with `samples:`."
+        )
+    return scores

@@ -72,7 +72,7 @@ def test_scores_and_rows(recipe, engines, capsys):
         assert row["correct"] is expected, (text, row["reason"])
 
     scores = json.loads((folder / "scores.json").read_text())["sums"]
-    assert list(scores)[:7] == ["n", "n_problems", "pass@1", "pass@2", "pass@4", "pass@5", "avg@5"]
+    assert list(scores)[:8] == ["schema", "n", "n_problems", "pass@1", "pass@2", "pass@4", "pass@5", "avg@5"]
     right = sum(row["correct"] is True for row in rows) / 60
     assert scores["pass@1"]["value"] == scores["avg@5"]["value"] == pytest.approx(right)
     assert scores["pass@1"]["low"] < right < scores["pass@1"]["high"] and 0 < scores["maj@5"]["value"] <= 1

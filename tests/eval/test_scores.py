@@ -1,15 +1,16 @@
 import gzip
 import json
+import math
 
 import pytest
 import yaml
 
-from afterglow.core.errors import DataError, RecipeError
+from afterglow.core.errors import DataError, RecipeError, RunFolderError
 from afterglow.core.grading import Grader
 from afterglow.core.recipe import read_recipe
 from afterglow.eval import evaluate
 from afterglow.eval.pass_at_k import majority_at_k
-from afterglow.eval.scores import Sample, answer_classes, default_k, same_mathematics, score
+from afterglow.eval.scores import Sample, answer_classes, default_k, read_scores, same_mathematics, score
 
 
 def samples(*answers, right=("4",)):
@@ -32,8 +33,30 @@ def test_scores_by_hand():
     assert scores["ungradable"] == {"count": 1, "share": 1 / 6, "reasons": {"no boxed answer": 1}}
     assert scores["mean_tokens"] == 10
     assert rows[1] == {
-        "problem_id": "b", "n": 3, "correct": 0, "ungradable": 1, "truncated": 1, "mean_tokens": 10
+        "problem_id": "b", "n": 3, "correct": 0, "ungradable": 1, "truncated": 1, "mean_tokens": 10,
+        "answers": [[2, 0.0]], "no_answer": 1,
     }  # fmt: skip
+    assert scores["schema"] == 2 and scores["pass^3"]["value"] == 0, "all three right: never"
+    assert scores["g-pass@3_0.5"]["value"] == 0.5, "two of three right: problem a"
+    accuracy = scores["avg@3"]
+    assert accuracy["se_new_problems"] == pytest.approx(1 / 3), "s = sqrt(2) / 3 of 2/3 and 0, over sqrt(2)"
+    assert accuracy["se_run_to_run"] == pytest.approx((2 / 9 / 2) ** 0.5 / 2)
+    assert scores["resolvable"]["same_problems"] == pytest.approx(2.8016 * 2**0.5 / 6, rel=1e-4)
+    assert scores["answer_entropy"] == pytest.approx(-(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)) / 2)
+
+
+def test_one_sample_per_problem_says_nothing_of_reruns():
+    scores, rows = score({"a": samples("4"), "b": samples("7")}, 1, [1], "here")
+    assert scores["pass@1"]["se_run_to_run"] is None and scores["resolvable"]["same_problems"] is None
+    assert scores["answer_entropy"] is None and "pass^1" not in scores and "answers" not in rows[0]
+    scores, _ = score({"a": samples("4")}, 1, [1], "here")
+    assert scores["pass@1"]["se_new_problems"] is None and scores["resolvable"]["unpaired"] is None
+
+
+def test_scores_of_another_schema_are_refused(tmp_path):
+    (tmp_path / "scores.json").write_text('{"aime24": {"n": 4}}')
+    with pytest.raises(RunFolderError, match=r"another schema than 2.*--overwrite"):
+        read_scores(tmp_path)
 
 
 def test_too_few_samples_are_refused_and_too_many_are_counted():
