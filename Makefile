@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml requirements/cpu.lock
 	touch $@
 
 test: install ## the whole suite but the slow marks: under 12 minutes on 2 cores
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: install ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu"
