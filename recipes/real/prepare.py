@@ -41,7 +41,7 @@ def prepare(data: Path, output_dir: Path, base_rows: int) -> None:
         write_jsonl(partial / "heldout.jsonl", (_problem(row) for row in rows[-HELD_OUT:]))
         tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "qwen3")
         tokenizer.save_pretrained(partial / "init")
-        init_model(tokenizer, seed=0, hidden_size=128, layers=4).save_pretrained(partial / "init")
+        init_model(tokenizer, seed=0, hidden_size=64, layers=4).save_pretrained(partial / "init")
         partial.chmod(0o755)
         os.replace(partial, output_dir)
     finally:
