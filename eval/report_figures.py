@@ -107,6 +107,41 @@ def lines(title: str, x: Sequence[float], series: Mapping[str, Sequence[float]],
     return _finish(figure, axes, title, legend=len(series) > 1)
 
 
+def differences(title: str, labels: Sequence[str], intervals: Sequence[tuple[float, float, float]]) -> str:
+    """Draw differences with their intervals, one line each, beside a line at zero.
+
+    Args:
+        title: of the figure.
+        labels: one per line.
+        intervals: (difference, low, high) of each line, as shares.
+    """
+    figure, axes = _start(title)
+    figure.set_size_inches(WIDTH, 0.9 + 0.42 * len(labels))
+    axes.axvline(0, color=INK, linewidth=0.9)
+    for place, (label, interval) in enumerate(zip(labels, intervals, strict=True)):
+        value, low, high = (100 * share for share in interval)
+        axes.plot([low, high], [place, place], color=SERIES[0], solid_capstyle="butt")
+        axes.plot(value, place, color=SERIES[0], marker="o", markersize=5)
+        axes.text(0, place - 0.2, label, transform=axes.get_yaxis_transform(), va="bottom", fontsize=8)
+    axes.set_ylim(len(labels) - 0.4, -0.85)
+    axes.set_yticks([])
+    axes.set(xlabel="points, 95% interval")
+    return _finish(figure, axes, title, legend=False)
+
+
+def sorted_changes(title: str, changes: Sequence[float]) -> str:
+    """Draw the change of every problem (shares of its samples) as a bar, from the largest gain to the largest loss."""
+    figure, axes = _start(title)
+    values = 100 * np.sort(np.asarray(changes, dtype=float))[::-1]
+    places = np.arange(1, len(values) + 1)
+    for colour, chosen in ((SERIES[2], values > 0), (SERIES[7], values < 0)):
+        axes.bar(places[chosen], values[chosen], width=1.0, color=colour)
+    axes.axhline(0, color=INK, linewidth=0.9)
+    axes.set_xlim(0.4, len(values) + 0.6)
+    axes.set(xlabel="problems", ylabel="points")
+    return _finish(figure, axes, title, legend=False)
+
+
 def ledger(title: str, groups: Mapping[str, np.ndarray]) -> str:
     """Draw the loss of samples by epoch: the median of each group, and the middle 80% as a band.
 

@@ -344,7 +344,7 @@ def read_scores(folder: Path) -> dict[str, Any]:
         RunFolderError: another version of the package wrote them, in another schema.
     """
     scores = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
-    if any(of.get("schema") != SCHEMA for of in scores.values()):
+    if any(not isinstance(of, dict) or of.get("schema") != SCHEMA for of in scores.values()):
         raise RunFolderError(
             f"{folder / SCORES_FILE}: written in another schema than {SCHEMA}, by another version of afterglow. Run "
             "the evaluation again with --overwrite, or score its samples anew with `samples:`."

@@ -1,4 +1,4 @@
-"""The command line: `afterglow sample | filter | train | eval | run | report`.
+"""The command line: `afterglow sample | filter | train | eval | compare | run | report`.
 
 Nothing heavy is imported before it is needed: `afterglow --help` answers at once.
 """
@@ -25,15 +25,20 @@ VERBS = {
     "filter": Verb("RECIPE", "choose trajectories for training, and say why each other one is dropped"),
     "train": Verb("RECIPE", "train a model, on one process or many"),
     "eval": Verb("RECIPE", "sample, grade, and score: pass@k, avg@n, maj@k with 95% intervals"),
+    "compare": Verb("FOLDER FOLDER ...", "compare evaluations with the first one, problem by problem, with intervals"),
     "run": Verb("PIPELINE", "run several stages, skipping those that are finished"),
     "report": Verb("FOLDER", "write report.html of a finished stage or pipeline"),
+    "recipes": Verb("list|show|copy", "the recipes that come with the package"),
+    "doctor": Verb("[MODEL]", "what this machine can do, and what would fail later"),
 }
+NO_RECIPE = ("compare", "report", "recipes", "doctor")
 EXAMPLES = """\
 examples:
   afterglow train recipes/glow/qwen3-4b-base-openmath.yaml --learning_rate 2e-5 --dry_run
   afterglow train recipe.yaml --accelerate_config zero2 --num_processes 8
   afterglow run demo/pipeline.yaml
-  afterglow eval --help          the keys of a recipe
+  afterglow eval --help                      the keys of a recipe
+  afterglow recipes copy glow/qwen3-4b-base-openmath.yaml mine.yaml
 
 Any key of a recipe can be replaced by --key value. A killed command goes on when it is given again.
 """
@@ -52,9 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
         sub = verbs.add_parser(name, help=verb.help.replace("%", "%%"), add_help=False, allow_abbrev=False)
-        sub.add_argument("target", nargs="?")
+        sub.add_argument("target", nargs="*" if name == "compare" else "?")
         sub.add_argument("-h", "--help", action="store_true", dest="show_help")
-        if name == "report":
+        if name == "compare":
+            sub.add_argument("--k", type=int, nargs="+")
+            sub.add_argument("--output_dir", "--output-dir")
+        if name in NO_RECIPE:
             continue
         sub.add_argument("--dry_run", "--dry-run", action="store_true")
         sub.add_argument("--overwrite", action="store_true")
@@ -79,11 +87,24 @@ def _work(options: argparse.Namespace, overrides: list[str]) -> int | None:
         from .key_help import show_help
 
         return show_help(options.verb, verb.takes, verb.help)
-    if options.target is None:
+    if options.verb == "recipes":
+        from .recipe_shelf import run_recipes
+
+        return run_recipes(options.target, overrides)
+    if options.verb == "doctor" and not overrides:
+        from .doctor import run_doctor
+
+        return run_doctor(options.target)
+    if not options.target:
         raise RecipeError(f"afterglow {options.verb}: which {verb.takes}? See `afterglow {options.verb} --help`.")
+    if options.verb in NO_RECIPE and overrides:
+        raise RecipeError(f"afterglow {options.verb} takes {verb.takes} only, not {overrides[0]}.")
+    if options.verb == "compare":
+        from ..eval.compare import run_compare
+
+        run_compare(options.target, options.k, options.output_dir)
+        return 0
     if options.verb == "report":
-        if overrides:
-            raise RecipeError(f"afterglow report takes a folder only, not {overrides[0]}.")
         from ..eval.report import run_report
 
         print(run_report(options.target))

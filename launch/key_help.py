@@ -15,6 +15,10 @@ FLAGS = {
     "--dry_run": "Check everything, show what would be done; write and download nothing.",
     "--overwrite": "Delete what the output folder holds and start again.",
 }
+COMPARE_FLAGS = {
+    "--k": "Values of k whose pass@k are compared. Default: 1 and the largest that both runs can answer.",
+    "--output_dir": "Where compare.json and compare.html are written. Default: nowhere.",
+}
 TRAIN_FLAGS = {
     "--accelerate_config": "ddp, fsdp2, zero2, zero3, single, or the path of an accelerate YAML. Default: ddp on "
     "several GPUs, single otherwise.",
@@ -33,8 +37,9 @@ PIPELINE_KEYS = {
 def show_help(verb: str, takes: str, what: str) -> int:
     """Print usage and recipe keys of a verb."""
     console = Console(highlight=False)
-    flags = {} if verb == "report" else FLAGS | (TRAIN_FLAGS if verb == "train" else {})
-    keys = "" if verb == "report" else " [--key value ...]"
+    own = {"report": {}, "recipes": {}, "doctor": {}, "compare": COMPARE_FLAGS, "train": FLAGS | TRAIN_FLAGS}
+    flags = own.get(verb, FLAGS)
+    keys = "" if verb in own and verb != "train" else " [--key value ...]"
     console.print(Text(f"usage: afterglow {verb} {takes}{keys}{''.join(f' [{flag}]' for flag in flags)}"))
     console.print(Text(f"\n{what[0].upper()}{what[1:]}.\n"))
     _print(console, "options", [(flag, "", text) for flag, text in flags.items()])
