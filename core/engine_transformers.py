@@ -81,6 +81,21 @@ class TransformersEngine(Engine):
         model.generation_config = GenerationConfig()
         return model.eval() if "device_map" in self._config.engine_kwargs else model.eval().to(self._device)
 
+    @property
+    def model(self) -> Any:
+        """The model itself, for forward passes of one's own.
+
+        Raises:
+            GenerationError: the engine is closed.
+        """
+        self._check_open()
+        return self._model
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a sample."""
+        return self._checkpoint.stop_ids
+
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """See `Engine.generate`."""
         self._check_open()

@@ -6,7 +6,8 @@
 writes `samples.jsonl` (one trajectory per sample: filters read it), `problems.jsonl` (counts per problem, from which
 every other k, interval and paired comparison follows) and `scores.json`.
 
-With `samples: file.jsonl` nothing is generated: samples that exist are scored (`score_samples`).
+With `samples: file.jsonl` nothing is generated: samples that exist are scored (`score_samples`). With `suite: tofu` and
+its like a model is asked what it should have forgotten (`unlearning`).
 """
 
 from contextlib import ExitStack
@@ -111,6 +112,10 @@ def run(section: Section, overwrite: bool = False, dry_run: bool = False) -> Pat
     """
     if section.values.get("samples") is not None:
         return run_scores(section, overwrite, dry_run)
+    if section.values.get("suite") is not None:
+        from .unlearning import run_suite  # needs torch
+
+        return run_suite(section, overwrite, dry_run)
     config, engine = build(section, EvalConfig, EngineConfig)
     return _Evaluation("eval", config, engine).run(overwrite, dry_run)
 
