@@ -16,6 +16,7 @@ from .generation import (
     Engine,
     EngineConfig,
     Request,
+    Stream,
     check_requests,
     make_completion,
     read_checkpoint,
@@ -81,21 +82,20 @@ class VLLMEngine(Engine):
         return self._stream(requests)
 
     def _stream(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        with self.open_stream() as stream:
+            for request in requests:
+                stream.submit(request)
+            while stream.running:
+                yield from stream.poll()
+
+    def open_stream(self) -> Stream:
+        """See `Engine.open_stream`."""
         self._check_idle()
-        engine, checkpoint = self._llm.llm_engine, self._checkpoint
-        running = {str(number): request for number, request in enumerate(requests)}
-        try:
-            for name, request in running.items():
-                engine.add_request(name, {"prompt_token_ids": list(request.prompt_ids)}, self._parameters(request))
-            while engine.has_unfinished_requests():
-                for output in self._step():
-                    if output.finished:
-                        yield _completion(running.pop(output.request_id), output.outputs[0], checkpoint)
-            if running:
-                raise GenerationError(f"vLLM lost {len(running)} requests, {next(iter(running.values())).key!r} first.")
-        finally:
-            if running and self._llm is not None:
-                engine.abort_request(list(running))
+        return _VLLMStream(self)
+
+    def _add(self, name: str, request: Request) -> None:
+        prompt = {"prompt_token_ids": list(request.prompt_ids)}
+        self._llm.llm_engine.add_request(name, prompt, self._parameters(request))
 
     def _step(self) -> list[Any]:
         import torch
@@ -158,6 +158,47 @@ class VLLMEngine(Engine):
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
         gc.collect()  # the model and its cache sit in reference cycles
+
+
+class _VLLMStream(Stream):
+    """vLLM takes requests between its steps, so that new ones join the batch that runs."""
+
+    def __init__(self, engine: VLLMEngine):
+        self._engine = engine
+        self._running: dict[str, Request] = {}  # by the name that vLLM knows
+        self._submitted = 0
+
+    @property
+    def running(self) -> int:
+        """See `Stream.running`."""
+        return len(self._running)
+
+    def submit(self, request: Request) -> None:
+        """See `Stream.submit`."""
+        engine = self._engine
+        check_requests([request], engine.max_context, engine._checkpoint.config.vocab_size)
+        name = str(self._submitted)
+        engine._add(name, request)
+        self._submitted += 1
+        self._running[name] = request
+
+    def poll(self) -> list[Completion]:
+        """See `Stream.poll`: one step of the engine, a token of each request that runs."""
+        if not self._running:
+            return []
+        engine = self._engine
+        done = [output for output in engine._step() if output.finished]
+        found = [_completion(self._running.pop(o.request_id), o.outputs[0], engine._checkpoint) for o in done]
+        if self._running and not engine._llm.llm_engine.has_unfinished_requests():
+            request = next(iter(self._running.values()))
+            raise GenerationError(f"vLLM lost {len(self._running)} requests, {request.key!r} first.")
+        return found
+
+    def close(self) -> None:
+        """See `Stream.close`."""
+        if self._running and self._engine._llm is not None:
+            self._engine._llm.llm_engine.abort_request(list(self._running))
+        self._running = {}
 
 
 def import_vllm() -> None:

@@ -14,6 +14,7 @@ The same `Request` goes into each engine and the same `Completion` comes out:
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,12 +81,19 @@ class EngineConfig:
             "help": "`vllm`: in this process; `server`: an OpenAI-compatible one; `transformers`: slower, needs no vLLM"
         },
     )
-    server_url: str | None = field(
+    server_url: str | list[str] | None = field(
         default=None,
-        metadata={"help": "The server, such as http://localhost:8000. Its key is read from OPENAI_API_KEY."},
+        metadata={
+            "help": "The server, such as http://localhost:8000, or several of the same model: each request goes to the "
+            "one with the most room. Their key is read from OPENAI_API_KEY."
+        },
     )
     server_timeout: float = field(
-        default=1800.0, metadata={"help": "Seconds that one reply of the server may take before it is asked again."}
+        default=1800.0,
+        metadata={
+            "help": "Seconds that one reply of a server may take before it is asked again, and for which a server that "
+            "does not answer is waited for."
+        },
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
@@ -115,8 +123,12 @@ class EngineConfig:
             problems.append(f"engine is {self.engine!r}: use vllm, server or transformers")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             problems.append(f"dtype is {self.dtype!r}: use auto, float32, bfloat16 or float16")
-        if self.engine == "server" and not (self.server_url or "").startswith(("http://", "https://")):
+        if self.engine == "server" and not (
+            self.server_urls and all(url.startswith(("http://", "https://")) for url in self.server_urls)
+        ):
             problems.append(f"server_url is {self.server_url!r}: `engine: server` needs one like http://localhost:8000")
+        if len(set(self.server_urls)) < len(self.server_urls):
+            problems.append(f"server_url is {self.server_url!r}: one server stands twice")
         if self.engine != "server" and self.server_url:
             problems.append(f"server_url is set, but engine is {self.engine}: say `engine: server`")
         if self.engine == "server" and self.engine_kwargs:
@@ -128,6 +140,11 @@ class EngineConfig:
                 problems.append(f"{key} is {value}: use a positive number")
         if problems:
             raise RecipeError("; ".join(problems))
+
+    @property
+    def server_urls(self) -> list[str]:
+        """The servers, one or many; none for another engine."""
+        return [self.server_url] if isinstance(self.server_url, str) else list(self.server_url or [])
 
 
 @dataclass(frozen=True)
@@ -176,6 +193,10 @@ class Engine(Protocol):
         """
         ...
 
+    def open_stream(self) -> "Stream":
+        """Open a stream of requests that come while others run, as rollouts need it. One at a time."""
+        return BatchStream(self)
+
     def load_weights(self, model: str) -> None:
         """Swap in another checkpoint of the same shape, with its tokenizer and stop tokens, without a restart.
 
@@ -194,6 +215,77 @@ class Engine(Protocol):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class Stream(ABC):
+    """Requests that come while others run. Close it, or use it in a `with` statement: that cancels what still runs."""
+
+    @property
+    @abstractmethod
+    def running(self) -> int:
+        """Requests that were submitted and have not come back."""
+
+    @abstractmethod
+    def submit(self, request: Request) -> None:
+        """Add a request.
+
+        Raises:
+            GenerationError: it does not fit the context, or its key is still running.
+        """
+
+    @abstractmethod
+    def poll(self) -> list[Completion]:
+        """Generate for a moment, and return what finished, if anything did.
+
+        Raises:
+            GenerationError: the engine failed.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Cancel what still runs. Closing twice is harmless."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class BatchStream(Stream):
+    """A stream over an engine that knows batches only: each poll generates what has been submitted, as one batch.
+
+    Args:
+        engine: it generates.
+        rows: largest batch; default: whatever is there.
+    """
+
+    def __init__(self, engine: Engine, rows: int | None = None):
+        self._engine, self._rows = engine, rows
+        self._waiting: dict[str, Request] = {}
+
+    @property
+    def running(self) -> int:
+        """See `Stream.running`."""
+        return len(self._waiting)
+
+    def submit(self, request: Request) -> None:
+        """See `Stream.submit`."""
+        if request.key in self._waiting:
+            raise GenerationError(f"request {request.key!r} stands twice: every sample needs its own key.")
+        self._waiting[request.key] = request
+
+    def poll(self) -> list[Completion]:
+        """See `Stream.poll`."""
+        batch = list(self._waiting.values())[: self._rows]
+        found = list(self._engine.generate(batch)) if batch else []
+        for request in batch:
+            del self._waiting[request.key]
+        return found
+
+    def close(self) -> None:
+        """See `Stream.close`."""
+        self._waiting = {}
 
 
 def open_engine(config: EngineConfig) -> Engine:

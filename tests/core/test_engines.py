@@ -103,6 +103,27 @@ def test_a_sample_does_not_depend_on_its_batch(engine, sampling):
     assert run(engine, asked[::-1]) == together
 
 
+def test_a_stream_takes_requests_while_others_run(engine):
+    asked = requests(FILTERED)
+    together = run(engine, asked)
+    done = {}
+    with engine.open_stream() as stream:
+        for request in asked:  # one more after every poll
+            stream.submit(request)
+            done |= {completion.key: completion for completion in stream.poll()}
+        with pytest.raises(GenerationError, match="leave no room"):
+            stream.submit(Request("long", (20,) * 600, 0, FILTERED))
+            stream.poll()
+        stream.close()
+    with engine.open_stream() as stream:  # what was cancelled leaves nothing behind
+        for request in asked[len(done) :]:
+            stream.submit(request)
+        while stream.running:
+            done |= {completion.key: completion for completion in stream.poll()}
+        assert stream.poll() == []
+    assert done == {key: together[key] for key in done} and done
+
+
 def test_seeds(engine):
     prompt = requests(FILTERED, count=1)[0].prompt_ids
     asked = [Request(f"s{seed}", prompt, seed, FILTERED) for seed in (0, 1, 2, 2**63 - 1)]
