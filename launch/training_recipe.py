@@ -25,6 +25,7 @@ METHODS = {
     "glow": ("afterglow.trainers.glow", "GLOWConfig", "GLOWTrainer"),
     "sft": ("trl", "SFTConfig", "SFTTrainer"),
     "unlearn": ("afterglow.trainers.unlearning", "UnlearnConfig", "UnlearnTrainer"),
+    "stable_unlearn": ("afterglow.trainers.stable_unlearning", "StableUnlearnConfig", "StableUnlearnTrainer"),
 }
 # What a trainer reads of a trajectory, and what it may read besides.
 COLUMNS = ("id", "prompt", "completion")

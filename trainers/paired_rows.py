@@ -75,3 +75,10 @@ class PairCollator(DataCollatorForLanguageModeling):
         batch = super().torch_call([pair[part] for part in PARTS if part in examples[0] for pair in examples])
         batch[FORGET_ROWS] = torch.tensor([pair["row"] for pair in examples])
         return batch
+
+
+def parts(batch: dict[str, Any]) -> tuple[int, slice, slice]:
+    """Return the pairs of a batch, its rows to forget (and their alternatives), and its rows to keep."""
+    pairs = len(batch[FORGET_ROWS])
+    kept = len(batch["input_ids"]) - pairs
+    return pairs, slice(kept), slice(kept, None)

@@ -23,7 +23,7 @@ from ..core.errors import DataError, RecipeError, RunFolderError
 from . import unlearning_losses as losses
 from .checkpoints import MarkComplete, checkpoint_folder, last_complete_checkpoint
 from .global_batch import check_spread, count_real_rows
-from .paired_rows import FORGET_ROWS, PairCollator, PairedRows
+from .paired_rows import FORGET_ROWS, PairCollator, PairedRows, parts
 from .start_model import StartModel, load_alternatives
 from .unlearning_config import NEED_LOGITS, UnlearnConfig
 
@@ -173,13 +173,17 @@ class UnlearnTrainer(SFTTrainer):
             checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if checkpoint is None:
                 raise RunFolderError(f"{self.args.output_dir}: no whole checkpoint here. Train from the start.")
+        self.restore(Path(checkpoint) if checkpoint else None)
+        return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+
+    def restore(self, checkpoint: Path | None) -> None:
+        """Take up what a checkpoint holds of ours, or start anew."""
         self.start.forget()
-        if checkpoint:
-            self.start.load(Path(checkpoint))
-            state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if checkpoint is not None:
+            self.start.load(checkpoint)
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             if any(STOPPED in entry for entry in state.log_history):
                 self.args.max_steps = state.global_step  # a budget ended it: nothing is left to do
-        return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def _control_vector(self) -> Tensor:
         args, model = self.args, self.model
@@ -216,7 +220,7 @@ class UnlearnTrainer(SFTTrainer):
         """The loss of a batch of pairs, its share of the global mean; evaluation is TRL's own."""
         if FORGET_ROWS not in inputs or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        pairs, forget_rows, retain_rows = _parts(inputs)
+        pairs, forget_rows, retain_rows = parts(inputs)
         if self.args.retain_loss == "none":
             forgotten = self.score(model, inputs, forget_rows)
             with torch.no_grad():  # measured, since what forgetting costs is logged in any case
@@ -266,7 +270,7 @@ class UnlearnTrainer(SFTTrainer):
         """Return the forget loss of each pair, (pairs,); `answers` are of its forget rows, then its alternatives."""
         args, norm = self.args, str(self.args.length_norm)
         beta = args.beta or 0.0
-        pairs, forget_rows, _ = _parts(inputs)
+        pairs, forget_rows, _ = parts(inputs)
         match args.forget_loss:
             case "npo":
                 (reference,) = self.start.log_probs(inputs[FORGET_ROWS])
@@ -300,7 +304,7 @@ class UnlearnTrainer(SFTTrainer):
             return torch.zeros_like(answers.log_probs[:, 0])
         if self.args.retain_loss == "nll":
             return -answers.log_prob("mean")
-        reference = self._start_answers(model, inputs, _parts(inputs)[2], answers)
+        reference = self._start_answers(model, inputs, parts(inputs)[2], answers)
         if self.args.retain_loss == "hidden":
             return losses.rmu_loss(answers.hidden, reference.hidden, answers.mask)
         return answers.reduce(losses.kl_tokens(answers.logits[answers.mask], reference.logits[answers.mask]), "mean")
@@ -354,10 +358,3 @@ class UnlearnTrainer(SFTTrainer):
             if self._stopped:
                 logs[STOPPED] = 1.0
         super().log(logs, start_time)
-
-
-def _parts(inputs: dict[str, Any]) -> tuple[int, slice, slice]:
-    """Return the pairs of a batch, its rows to forget (and their alternatives), and its rows to keep."""
-    pairs = len(inputs[FORGET_ROWS])
-    kept = len(inputs["input_ids"]) - pairs
-    return pairs, slice(kept), slice(kept, None)
