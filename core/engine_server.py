@@ -93,7 +93,7 @@ class ServerEngine(Engine):
         )
 
     def _find_model(self, model: str, url: str) -> dict[str, Any]:
-        reply = self._control("GET", f"{url}/v1/models", CONNECT_SECONDS)
+        reply = self._control("GET", url, "/v1/models", CONNECT_SECONDS)
         if reply.status_code in (401, 403):
             raise GenerationError(f"{url} refuses this client (HTTP {reply.status_code}): set OPENAI_API_KEY.")
         try:
@@ -111,9 +111,9 @@ class ServerEngine(Engine):
             f"with `--served-model-name {model}`."
         )
 
-    def _control(self, method: str, url: str, seconds: float, **kwargs: Any) -> httpx.Response:
+    def _control(self, method: str, url: str, path: str, seconds: float, **kwargs: Any) -> httpx.Response:
         try:
-            return httpx.request(method, url, headers=self._headers, timeout=seconds, **kwargs)
+            return httpx.request(method, url + path, headers=self._headers, timeout=seconds, **kwargs)
         except httpx.TransportError as error:
             raise GenerationError(
                 f"no server answers at {url} ({type(error).__name__}: {error}). Start one, for example "
@@ -262,7 +262,7 @@ class ServerEngine(Engine):
         body = {"method": "reload_weights", "kwargs": {"weights_path": path}}
         for url in self._urls:
             for route, content in (("/collective_rpc", body), ("/reset_prefix_cache", None)):
-                reply = self._control("POST", url + route, self._timeout, json=content)
+                reply = self._control("POST", url, route, self._timeout, json=content)
                 if reply.status_code == 404:
                     raise GenerationError(_NO_SWAP.format(url))
                 if reply.status_code != 200:
@@ -272,7 +272,7 @@ class ServerEngine(Engine):
     def _refuse_cpu(self, checkpoint: Checkpoint) -> None:
         """A vLLM server on a CPU would go on with the old checkpoint's tied head, silently."""
         for url in self._urls:
-            reply = self._control("GET", f"{url}/server_info", 60.0)
+            reply = self._control("GET", url, "/server_info", 60.0)
             if reply.status_code == 404:
                 raise GenerationError(_NO_SWAP.format(url))
             if "device_config=cpu" in reply.text:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import threading
 import time
 import warnings
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -15,7 +17,7 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from afterglow.core import engine_server
+from afterglow.core import engine_server, server_pool
 from afterglow.core.errors import GenerationError, ModelError
 from afterglow.core.generation import EngineConfig, Request, SamplingConfig, open_engine, read_checkpoint
 
@@ -27,8 +29,8 @@ class Stub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, model):
-        super().__init__(("127.0.0.1", 0), StubHandler)
+    def __init__(self, model, port=0):
+        super().__init__(("127.0.0.1", port), StubHandler)
         self.model = model
         self.script: list[object] = []  # one entry per coming request: a status, a reply body, or a word
         self.bodies: list[dict] = []
@@ -70,7 +72,7 @@ class StubHandler(BaseHTTPRequestHandler):
             self.server.running += 1
             self.server.most_running = max(self.server.most_running, self.server.running)
             step = self.server.script.pop(0) if self.server.script else "good"
-        time.sleep(self.server.delay)
+        time.sleep(0.1 if step == "late" else self.server.delay)
         with self.server.lock:
             self.server.running -= 1
         if step == "hang":
@@ -79,10 +81,11 @@ class StubHandler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
         elif isinstance(step, int):
             self.reply(step, "out of order")
-        elif isinstance(step, str) and step != "good":
+        elif isinstance(step, str) and step not in ("good", "twice", "late"):
             self.reply(200, step)
         else:
-            self.reply(200, json.dumps({"choices": [step if isinstance(step, dict) else good(body)]}))
+            choice = step if isinstance(step, dict) else good(body)
+            self.reply(200, json.dumps({"choices": [choice] * (2 if step == "twice" else 1)}))
 
 
 def good(body):
@@ -91,22 +94,30 @@ def good(body):
     return {"text": "abc", "token_ids": tokens, "finish_reason": "stop", "logprobs": logprobs}
 
 
-@pytest.fixture
-def stub(tiny_folder):
-    server = Stub(str(tiny_folder))
+@contextmanager
+def serving(model, port=0):
+    server = Stub(model, port)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield server
-    server.released.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield server
+    finally:
+        server.released.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def stub(tiny_folder):
+    with serving(str(tiny_folder)) as server:
+        yield server
 
 
 @pytest.fixture
 def connect(stub, monkeypatch):
     """Opens engines on the stub that wait next to nothing between tries, and closes them."""
-    monkeypatch.setattr(engine_server, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(server_pool, "FIRST_WAIT", 0.001)
     engines = []
 
     def open_one(**settings):
@@ -159,6 +170,55 @@ def test_tries_are_limited_and_finished_work_is_kept(connect, stub):
     assert [next(results).key, next(results).key] == ["r0", "r1"]
     with pytest.raises(GenerationError, match=rf"'r2': {stub.url} failed 6 times: HTTP 503: out of order"):
         next(results)
+
+
+def test_several_servers_share_the_work_by_their_room(connect, stub, tiny_folder):
+    """The slow one gets less, no one more than its slots; what one of them drops, another answers."""
+    with serving(str(tiny_folder)) as other:
+        stub.delay, other.delay = 0.2, 0.01
+        engine = connect(server_url=[stub.url, other.url + "/v1"], max_num_seqs=4)
+        done = {c.key: c.token_ids[0] for c in engine.generate(ask(60))}
+        assert done == {f"r{i}": 65 + i for i in range(60)}
+        assert len(stub.bodies) + len(other.bodies) == 60, "nothing is asked twice"
+        assert 4 <= len(stub.bodies) < len(other.bodies)
+        assert stub.most_running <= 4 and other.most_running <= 4
+        stub.script, stub.delay = ["drop"], 0.0
+        other.bodies.clear()
+        assert len(list(engine.generate(ask(1)))) == 1 and len(other.bodies) == 1
+        stub.routes = {"/v1/models": (200, json.dumps({"data": [{"id": "another"}]}))}
+        with pytest.raises(GenerationError, match=rf"{stub.url} serves 'another'"):
+            connect(server_url=[other.url, stub.url])
+
+
+def test_nothing_is_lost_or_counted_twice_whatever_the_servers_do(connect, stub, tiny_folder):
+    """Two servers that drop, delay, duplicate, swap and garble a third of their replies at random."""
+    rng = random.Random(0)
+    with serving(str(tiny_folder)) as other:
+        for server in (stub, other):
+            swapped = {"token_ids": [1, 2], "finish_reason": "stop", "prompt_token_ids": [9, 9], "logprobs": None}
+            faults = [500, 503, 429, "drop", "{", '{"choices": []}', "[]", swapped, "twice", "late"]
+            server.script = [rng.choice(faults) if rng.random() < 0.33 else "good" for _ in range(200)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine_server, "TRIES", 20)
+            found = [(c.key, c.token_ids) for c in connect(server_url=[stub.url, other.url]).generate(ask(150))]
+        assert sorted(found) == sorted((f"r{i}", [65 + i, 66, 67, 258]) for i in range(150))
+        assert len(stub.bodies) + len(other.bodies) > 180, "a third was asked again"
+
+
+def test_a_server_that_is_restarted_is_waited_for(connect, stub, tiny_folder):
+    """Its absence costs no tries; with a time limit on it."""
+    with serving(str(tiny_folder)) as first:
+        url, port = first.url, first.server_address[1]
+        engine = connect(server_url=url, server_timeout=30.0)
+    results = engine.generate(ask(5))
+    timer = threading.Timer(1.0, lambda: restarted.enter_context(serving(str(tiny_folder), port)))
+    with ExitStack() as restarted, pytest.warns(UserWarning, match=rf"{url} does not answer .*waiting for it"):
+        timer.start()
+        assert {c.key for c in results} == {f"r{i}" for i in range(5)}
+        timer.join()
+    engine._timeout = 0.05
+    with pytest.warns(UserWarning), pytest.raises(GenerationError, match=rf"{url} no answer for \d+ s: ConnectError"):
+        list(engine.generate(ask(1)))
 
 
 def test_a_refused_request_is_not_tried_again(connect, stub):
