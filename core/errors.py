@@ -35,3 +35,7 @@ class GenerationError(AfterglowError, RuntimeError):
 
 class SandboxError(AfterglowError, RuntimeError):
     """No isolated Python can run here, or the sandbox service does not answer."""
+
+
+class CollapseError(AfterglowError, RuntimeError):
+    """A training was stopped because its policy collapsed."""

@@ -1,8 +1,8 @@
 """Which prompts come next: each once per pass, without those that the policy has mastered.
 
 No-positive-resampling (arXiv 2510.13786): a prompt whose pass rate reached a cap is never shown again. A pass shows
-each prompt once, so what is retired during a pass lies behind the cursor, and (pass, cursor, table) is the whole state:
-a resumed run goes on with the very prompts of an undisturbed one.
+each prompt once, so what is retired during a pass lies behind the cursor, and the pass, the cursor and the table are
+the whole state: a resumed run goes on with the very prompts of an undisturbed one.
 """
 
 import json
@@ -44,6 +44,7 @@ class PromptCurriculum:
         self._ids, self._batch, self._seed, self._shuffle = list(ids), batch_size, seed, shuffle
         self._retire_at = retire_at
         self._pass = self._cursor = 0
+        self.dealt = 0  # batches so far
         self._order = self._new_order()
         self.visits = np.zeros(len(ids), np.int64)
         self.pass_rate = np.full(len(ids), np.nan)  # of the last visit
@@ -56,6 +57,7 @@ class PromptCurriculum:
 
     def next_batch(self) -> list[int]:
         """Return the rows of the next batch. A pass's last prompts that fill no batch are left out, as in TRL."""
+        self.dealt += 1
         rows = self._remaining()
         if len(rows) < self._batch:
             self._pass, self._cursor = self._pass + 1, 0
@@ -81,7 +83,7 @@ class PromptCurriculum:
         table = {
             self._ids[row]: [int(self.visits[row]), float(self.pass_rate[row]), bool(self.retired[row])] for row in seen
         }
-        state = {"pass": self._pass, "cursor": self._cursor, "visits_pass_rate_retired": table}
+        state = {"pass": self._pass, "cursor": self._cursor, "dealt": self.dealt, "visits_pass_rate_retired": table}
         write_atomic(folder / FILE, json.dumps(state))
 
     def load(self, folder: Path) -> None:
@@ -94,7 +96,7 @@ class PromptCurriculum:
             state = json.loads((folder / FILE).read_text(encoding="utf-8"))
         except OSError as error:
             raise RunFolderError(f"{folder}: no {FILE}, so it is no checkpoint of tool_rlvr.") from error
-        self._pass, self._cursor = state["pass"], state["cursor"]
+        self._pass, self._cursor, self.dealt = state["pass"], state["cursor"], state["dealt"]
         self._order = self._new_order()
         for name, (visits, rate, retired) in state["visits_pass_rate_retired"].items():
             if name not in self._rows:
