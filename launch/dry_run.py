@@ -52,7 +52,7 @@ def show_plan(training: Training, setup: Setup, overwrite: bool = False) -> None
     """
     console = Console(highlight=False)
     args = training.args
-    table = load_table(training.data)
+    table = load_table(training.data, training.columns)
     load_further_tables(training)
     if not overwrite:
         RunFolder.check(str(args.output_dir), "train", training.config, inputs=training.inputs)

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 METHODS = {
     "glow": ("afterglow.trainers.glow", "GLOWConfig", "GLOWTrainer"),
     "sft": ("trl", "SFTConfig", "SFTTrainer"),
+    "tool_rlvr": ("afterglow.trainers.tool_rlvr", "ToolRLVRConfig", "ToolRLVRTrainer"),
     "unlearn": ("afterglow.trainers.unlearning", "UnlearnConfig", "UnlearnTrainer"),
     "stable_unlearn": ("afterglow.trainers.stable_unlearning", "StableUnlearnConfig", "StableUnlearnTrainer"),
 }
 # What a trainer reads of a trajectory, and what it may read besides.
 COLUMNS = ("id", "prompt", "completion")
 OPTIONAL_COLUMNS = ("tools", "chat_template_kwargs", "sample_weight", "alternative")
+RL_COLUMNS = ("id", "prompt", "answer")  # of a method that writes its completions itself
 # Further tables of a method, read like `data`: key of its configuration -> argument of its trainer.
 TABLES = {"retain_data": "retain_dataset"}
 FILES = (*TABLES, "alternatives")  # keys of a method that name what it reads
@@ -59,6 +61,11 @@ class Training:
     trainer: type
     config: dict[str, Any]  # resolved: what config.yaml holds
     given: list[str]  # keys that the recipe sets, and those we set for this machine
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What its trainer reads of a row."""
+        return RL_COLUMNS if self.stage.method == "tool_rlvr" else COLUMNS
 
     @property
     def state(self) -> Any:
@@ -168,15 +175,16 @@ def check_processes(training: Training, kind: str | None = None) -> None:
         )
 
 
-def load_table(data: DataConfig) -> "Dataset":
+def load_table(data: DataConfig, columns: tuple[str, ...] = COLUMNS) -> "Dataset":
     """Read and check every row, and keep the columns that a trainer reads.
 
     Raises:
         DataError: a row is wrong.
     """
     first = os.environ.get("RANK", "0") == "0"
-    table = load_trajectories(data, on_invalid=lambda row: print_error(row, "left out:") if first else None)
-    wanted = [*COLUMNS, *(name for name in OPTIONAL_COLUMNS if name in table.column_names)]
+    told = lambda row: print_error(row, "left out:") if first else None  # noqa: E731
+    table = load_trajectories(data, require=columns[1:], on_invalid=told)
+    wanted = [*columns, *(name for name in OPTIONAL_COLUMNS if name in table.column_names)]
     return table.select_columns(wanted)
 
 
@@ -204,7 +212,7 @@ def check(training: Training, overwrite: bool = False) -> None:
     Raises:
         DataError, ModelError, RunFolderError: what would stop the run.
     """
-    load_table(training.data)
+    load_table(training.data, training.columns)
     load_further_tables(training)
     check_the_model(training)
     if not overwrite:
@@ -217,5 +225,5 @@ def check_the_model(training: Training) -> "PreTrainedTokenizerBase":
     return check_model(
         str(model.model_name_or_path),
         revision=model.model_revision,
-        template_given=bool(args.chat_template_path),
+        template_given=bool(getattr(args, "chat_template_path", None)),
     )

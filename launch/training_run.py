@@ -91,7 +91,7 @@ def run_training(training: Training, overwrite: bool = False) -> Path:
     """
     folder = Path(str(training.args.output_dir))
     done = not overwrite and _says_finished(folder)
-    table = None if done else load_table(training.data)
+    table = None if done else load_table(training.data, training.columns)
     template = None if done else check_the_model(training).chat_template
     with ExitStack() as stack:
         opened: list[RunFolder] = []  # by the first process only
