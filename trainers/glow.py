@@ -7,6 +7,7 @@ formula was not available to us: form, constants and clamp are those of the auth
 - a sample without a previous loss has weight 1 (there: it is compared with the mean of its micro-batch).
 """
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,18 +15,20 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback
 
 from ..core.errors import DataError, RecipeError, RunFolderError
 from .checkpoints import MarkComplete, checkpoint_folder, last_complete_checkpoint
+from .heldout import HeldoutConfig, HeldoutEvaluation
 from .loss_ledger import NO_SAMPLE, LossLedger, check_ids
-from .losses import glow_weight
-from .weighted_sft import WeightedSFTConfig, WeightedSFTTrainer, check_choice
+from .losses import drop_penalty_slope, glow_weight
+from .weighted_sft import SAMPLE_WEIGHT, WeightedSFTConfig, WeightedSFTTrainer, check_choice, given_weights
 
 
 @dataclass
-class GLOWConfig(WeightedSFTConfig):
+class GLOWConfig(HeldoutConfig, WeightedSFTConfig):
     """Configuration of `GLOWTrainer`: TRL's `SFTConfig`, GLOW, and its controls. Defaults are the released code's.
 
     With these defaults (alpha 1, floor 0.5) every sample that improved weighs exactly 0.5 and only those that got
@@ -55,18 +58,35 @@ class GLOWConfig(WeightedSFTConfig):
     glow_warmup_epochs: int = field(
         default=1, metadata={"help": "Epochs at the start in which every weight is 1, of the controls too."}
     )
+    negative_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Times the weight of chains whose `correct` is false, in every epoch. 1 is GLOW: its loss never "
+            "looks at labels; 0 leaves them out of the gradient and keeps them in the ledger."
+        },
+    )
+    drop_penalty: float = field(
+        default=0.0,
+        metadata={
+            "help": "Strength of a penalty on losses that fall suddenly: this times the mean over samples of "
+            "relu(loss `drop_epochs` ago - loss - `drop_margin`). Ours, after the trajectory loss of SAF (arXiv "
+            "2205.14083), which compares output distributions instead. 0 is off; SAF's factor is 0.3."
+        },
+    )
+    drop_margin: float = field(default=0.0, metadata={"help": "Fall in nats per token that costs nothing."})
+    drop_epochs: int = field(default=3, metadata={"help": "Epochs between the two losses; before that, no penalty."})
     glow_normalize: str = field(
         default="none",
         metadata={
-            "help": "`batch_mean` divides the gradient by the mean weight of the global batch, which takes the hidden "
-            "change of the learning rate out; the logged loss is not divided.",
+            "help": "`batch_mean` divides the gradient by the mean sample weight of the global batch, which takes the "
+            "hidden change of the learning rate out: a true weighted mean. The logged loss is not divided.",
             "choices": ["none", "batch_mean"],
         },
     )
 
     def __post_init__(self):
         """Check every field, then what TRL checks."""
-        for name in ("weighting", "glow_form", "glow_normalize"):
+        for name in ("weighting", "glow_form", "glow_normalize", "heldout_extract", "heldout_engine"):
             check_choice(self, name)
         for name in ("constant_weight", "glow_alpha", "glow_beta"):
             if not getattr(self, name) > 0:
@@ -76,6 +96,13 @@ class GLOWConfig(WeightedSFTConfig):
             raise RecipeError(f"`glow_min_weight` must not be negative, got {low}.")
         if high is not None and high <= (low or 0):
             raise RecipeError(f"`glow_max_weight` must be above `glow_min_weight` ({low or 0}), got {high}.")
+        for name in ("negative_weight", "drop_penalty", "drop_margin"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise RecipeError(f"`{name}` must be a number from 0 on, got {getattr(self, name)}.")
+        if self.drop_epochs < 1:
+            raise RecipeError(f"`drop_epochs` must be at least 1, got {self.drop_epochs}.")
+        if self.drop_penalty and self.loss_reduction != "sample":
+            raise RecipeError("`drop_penalty` is a mean over samples; it needs `loss_reduction: sample`.")
         if self.glow_warmup_epochs < (self.weighting == "glow"):
             raise RecipeError("`glow_warmup_epochs` must be at least 1: the first epoch has nothing to gain on.")
         if self.weighting != "none" and self.max_steps <= 0 and self.num_train_epochs <= self.glow_warmup_epochs:
@@ -85,7 +112,10 @@ class GLOWConfig(WeightedSFTConfig):
             )
         if self.glow_normalize == "batch_mean" and not self.max_grad_norm > 0:
             raise RecipeError("`glow_normalize: batch_mean` acts where gradients are clipped; set `max_grad_norm`.")
+        self.check_heldout()
         super().__post_init__()
+        if self.heldout_problems and self.save_strategy == "no":
+            raise RecipeError("`heldout_problems` are sampled after each checkpoint; set `save_strategy`.")
 
 
 class _Tally:
@@ -171,27 +201,53 @@ class _FollowEpochs(TrainerCallback):
             self.trainer.ledger.save(Path(str(args.output_dir)))
 
 
+def weigh_negatives(dataset: Dataset, factor: float) -> Dataset:
+    """Multiply the `sample_weight` of chains that are labelled wrong; those without a label keep theirs.
+
+    Raises:
+        DataError: there are no labels.
+    """
+    if factor == 1:
+        return dataset
+    labels = list(dataset["correct"]) if "correct" in dataset.column_names else []
+    if all(label is None for label in labels):
+        raise DataError(
+            f"`negative_weight: {factor:g}` needs to know which chains are wrong: a column `correct`. Grade the rows "
+            "first (`afterglow filter` with the step `grade`)."
+        )
+    stored = given_weights(dataset)
+    given = [1.0] * len(labels) if stored is None else stored.tolist()
+    weights = [weight * factor if label is False else weight for weight, label in zip(given, labels, strict=True)]
+    if stored is not None:
+        dataset = dataset.remove_columns(SAMPLE_WEIGHT)
+    return dataset.add_column(SAMPLE_WEIGHT, weights)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
 class GLOWTrainer(WeightedSFTTrainer):
     """Supervised fine-tuning with gain-based weights (arXiv 2601.04992).
 
-    Every checkpoint holds `loss_ledger.parquet` (`id`, `epoch_1`, `epoch_2`, ...; the last epoch may be unfinished),
-    and so does `output_dir` at the end. Resuming from a checkpoint, in the middle of an epoch too, continues exactly.
+    A sample weighs its GLOW weight times what the data give it (`sample_weight`, `negative_weight`).
+
+    Every checkpoint holds `loss_ledger.parquet` (`id`, `epoch_1`, `epoch_2`, ..., `weight`; the last epoch may be
+    unfinished), and so does `output_dir` at the end. Resuming from a checkpoint, in the middle of an epoch too,
+    continues exactly.
 
     Args:
         model: model, or the folder of one.
         args: the configuration.
         train_dataset: `prompt` and `completion` (lists of chat messages; TRL tokenises them) and `id`, a unique string
-            that stays the same from run to run.
+            that stays the same from run to run. `correct` where `negative_weight` is not 1.
         kwargs: what `SFTTrainer` takes.
 
     Raises:
-        DataError: `id` is missing, is no string, or stands twice.
+        DataError: `id` is missing, is no string, or stands twice; `negative_weight` without labels.
     """
 
     _tag_names = ["trl", "glow"]  # noqa: RUF012  TRL's class attributes
     _name = "GLOW"
     _paper = {"title": "Gain-based LOss Weighting (GLOW)", "id": "2601.04992"}  # noqa: RUF012
 
+    any_spread = True  # a run may go on with another number of processes: the global batches stay the same
     args: GLOWConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, model: Any, args: GLOWConfig, train_dataset: Dataset, **kwargs: Any):
@@ -202,6 +258,7 @@ class GLOWTrainer(WeightedSFTTrainer):
                     "GLOW follows each sample through the epochs by it; give each row a content hash."
                 )
             self._ids = check_ids(train_dataset["id"])
+            train_dataset = weigh_negatives(train_dataset, args.negative_weight)
         super().__init__(model, args, train_dataset, **kwargs)
         if args.glow_normalize == "batch_mean" and self.is_deepspeed_enabled:
             raise RecipeError("`glow_normalize: batch_mean`: DeepSpeed keeps the gradients to itself; use FSDP or DDP.")
@@ -210,10 +267,20 @@ class GLOWTrainer(WeightedSFTTrainer):
         # Of the running optimiser step: what the loss counts, and the same times the weights.
         self._step_items = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         self.add_callback(_FollowEpochs(self))
+        if args.heldout_problems:
+            if isinstance(self.model, PeftModel):
+                raise RecipeError(
+                    "`heldout_problems`: a checkpoint of an adapter is no model to sample from; delete it."
+                )
+            if args.heldout_engine == "vllm" and self.accelerator.num_processes > 1:
+                raise RecipeError("`heldout_engine: vllm` would meet this training's process group; use transformers.")
+            self.add_callback(HeldoutEvaluation(args, args.seed))
         self.add_callback(MarkComplete())
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any):
         """Train, from the start or from a checkpoint and its ledger; True is the last whole one in `output_dir`.
+
+        With `heldout_problems` the model is that of the selected checkpoint afterwards.
 
         Raises:
             RunFolderError: there is no such checkpoint, or it has no ledger.
@@ -228,16 +295,23 @@ class GLOWTrainer(WeightedSFTTrainer):
             self.ledger = LossLedger.load(Path(checkpoint), self._ids, device)
         else:
             self.ledger = LossLedger(self._ids, device)
-        return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+        result = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+        if self.args.heldout_problems and self.state.best_model_checkpoint:
+            self._load_best_model()
+        return result
 
     def sample_weights(self, rows: Tensor, losses: Tensor, tokens: Tensor) -> Tensor:
         """Weigh a training batch and note its losses: all arguments and the result are (samples,)."""
+        args = self.args
         previous = self.ledger.previous_loss(rows)
-        weights = self._weights(previous, losses)
-        self.ledger.record(torch.where(tokens > 0, rows, NO_SAMPLE), losses)
-        items = tokens if self.args.loss_reduction == "token" else (tokens > 0).float()
+        weights = self._weights(previous, losses) * super().sample_weights(rows, losses, tokens)
+        self.ledger.record(torch.where(tokens > 0, rows, NO_SAMPLE), losses, weights)
+        items = tokens if args.loss_reduction == "token" else (tokens > 0).float()
         self._tally.add(weights, losses, previous, items)
         self._step_items += torch.stack([items.sum(), (items * weights).sum()])
+        if args.drop_penalty:
+            past = self.ledger.loss_ago(rows, args.drop_epochs)
+            return weights + drop_penalty_slope(past, losses, args.drop_penalty, args.drop_margin)
         return weights
 
     def _weights(self, previous: Tensor, losses: Tensor) -> Tensor:

@@ -32,23 +32,34 @@ def sample_nll(log_probs: Tensor, label_mask: Tensor, segments: Tensor, num_samp
     return (nll / tokens.clamp(min=1)).float(), tokens.float()
 
 
-def token_factors(weights: Tensor, tokens: Tensor, segments: Tensor, reduction: str) -> Tensor:
+def token_factors(
+    weights: Tensor, tokens: Tensor, segments: Tensor, reduction: str, token_weights: Tensor | None = None
+) -> Tensor:
     """Factor of each token's NLL that turns a sum over tokens into the weighted loss.
 
-    "token":  sum_i w_i sum_k nll_ik, to be divided by the trained tokens of the global batch.
-    "sample": sum_i w_i l_i,          to be divided by the samples of the global batch (arXiv 2601.04992, its code).
+    "token":  sum_i w_i sum_k v_ik nll_ik,             to be divided by the trained tokens of the global batch.
+    "sample": sum_i w_i sum_k v_ik nll_ik / sum_k v_ik, to be divided by the samples of the global batch: with all
+    v_ik = 1 this is sum_i w_i l_i (arXiv 2601.04992, its code). So a v that is the same for all tokens of a sample
+    changes nothing in "sample": it says how the tokens share the sample's loss, and w_i how much that loss counts.
 
     Args:
         weights: (samples,), w_i.
-        tokens: (samples,), T_i.
+        tokens: (samples,), T_i, the trained tokens.
         segments: (batch, seq - 1), index of each position's sample.
         reduction: "token" or "sample".
+        token_weights: (batch, seq - 1), v_ik, zero where not trained; None is 1 for every trained token.
 
     Returns:
-        (batch, seq - 1): w_i, or w_i / T_i.
+        (batch, seq - 1): w_i v_ik, or w_i v_ik / sum_k v_ik.
     """
-    per_sample = weights / tokens.clamp(min=1) if reduction == "sample" else weights
-    return per_sample[segments]
+    if reduction == "sample":
+        if token_weights is not None:
+            zeros = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
+            sums = zeros.index_add(0, segments.reshape(-1), token_weights.reshape(-1).double()).float()
+            weights = weights / torch.where(sums > 0, sums, 1)
+        else:
+            weights = weights / tokens.clamp(min=1)
+    return weights[segments] if token_weights is None else weights[segments] * token_weights
 
 
 def glow_weight(
@@ -86,3 +97,25 @@ def glow_weight(
     if w_min is not None or w_max is not None:
         weight = weight.clamp(w_min, w_max)
     return torch.where(previous_loss.isnan(), torch.ones_like(weight), weight)
+
+
+def drop_penalty_slope(past_loss: Tensor, current_loss: Tensor, strength: float, margin: float) -> Tensor:
+    """Weight that stands for a penalty on losses that fall suddenly; the gradient of the penalty is exact.
+
+    R = strength * mean_i relu(past_i - l_i - margin)
+
+    where past_i is the loss some epochs ago. R is linear in l_i wherever its slope is not 0, so its gradient is that of
+    a weighted loss with weight -strength on the samples that fell by more than the margin. Denominator: the samples of
+    the global batch. This is our scalar reading of the trajectory loss of SAF (arXiv 2205.14083), which compares whole
+    output distributions; those of a language model cannot be stored.
+
+    Args:
+        past_loss: (samples,), NaN for a sample that was not seen then: it is not penalised.
+        current_loss: (samples,).
+        strength: lambda.
+        margin: fall in nats per token that costs nothing.
+
+    Returns:
+        (samples,): -strength or 0, without a gradient.
+    """
+    return -strength * (past_loss - current_loss > margin).to(current_loss)  # false for NaN

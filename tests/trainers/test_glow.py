@@ -241,7 +241,8 @@ def test_resume_anywhere_is_exact(step, whole_run, tmp_path):
 def test_ledger_stands_beside_each_checkpoint_and_at_the_end(whole_run):
     output_dir = Path(whole_run.args.output_dir)
     unfinished = pd.read_parquet(output_dir / "checkpoint-5" / LEDGER_FILE)
-    assert list(unfinished.columns) == ["id", "epoch_1", "epoch_2"]
+    assert list(unfinished.columns) == ["id", "epoch_1", "epoch_2", "weight"]
+    assert (unfinished["weight"].isna() == unfinished["epoch_2"].isna()).all()
     assert 0 < unfinished["epoch_2"].isna().sum() < 20
     final = pd.read_parquet(output_dir / LEDGER_FILE)
     np.testing.assert_array_equal(final.filter(like="epoch_").to_numpy(), whole_run.ledger.table().numpy())

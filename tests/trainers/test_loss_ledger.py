@@ -42,7 +42,7 @@ def filled_ledger() -> LossLedger:
     ledger = LossLedger(["a", "b", "c"])
     ledger.record(rows(0, 1, 2), torch.tensor([1 / 3, 2 / 3, 1e-9]))
     ledger.begin_epoch(1)
-    ledger.record(rows(2), torch.tensor([0.1]))
+    ledger.record(rows(2), torch.tensor([0.1]), torch.tensor([1 / 7]))
     return ledger
 
 
@@ -50,12 +50,26 @@ def test_saved_table_is_plain_parquet_and_comes_back_bit_for_bit(tmp_path):
     ledger = filled_ledger()
     path = ledger.save(tmp_path / "checkpoint-1")
     frame = pd.read_parquet(path)
-    assert list(frame.columns) == ["id", "epoch_1", "epoch_2"] and frame["epoch_1"].dtype == np.float32
+    assert list(frame.columns) == ["id", "epoch_1", "epoch_2", "weight"] and frame["epoch_1"].dtype == np.float32
     assert [p.name for p in path.parent.iterdir()] == [LEDGER_FILE]
     back = LossLedger.load(path.parent, ["a", "b", "c"])
     assert back.epoch == 1
     np.testing.assert_array_equal(back.table().numpy(), ledger.table().numpy())
     np.testing.assert_array_equal(back.previous_loss(rows(0, 1, 2)), ledger.previous_loss(rows(0, 1, 2)))
+    np.testing.assert_array_equal(frame["weight"], np.array([np.nan, np.nan, 1 / 7], "float32"))
+    again = pd.read_parquet(back.save(tmp_path / "again"))
+    pd.testing.assert_frame_equal(again, frame)
+
+
+def test_losses_of_earlier_epochs_and_weights_of_this_one():
+    ledger = LossLedger(["a", "b"])
+    for epoch, losses in enumerate(([3.0, 4.0], [2.0, 3.5])):
+        ledger.begin_epoch(epoch)
+        ledger.record(rows(0, 1), torch.tensor(losses), torch.tensor([1.0, 0.5]))
+    assert ledger.loss_ago(rows(1, 0), 1).tolist() == [4.0, 3.0]
+    assert ledger.loss_ago(rows(0), 2).isnan().all()
+    ledger.begin_epoch(2)
+    assert ledger.loss_ago(rows(1, 0), 1).tolist() == [3.5, 2.0] and ledger.loss_ago(rows(0), 2).tolist() == [3.0]
 
 
 def test_reordered_grown_and_shrunk_training_sets_keep_their_losses(tmp_path):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from afterglow.trainers.losses import glow_weight, sample_nll, token_factors
+from afterglow.trainers.losses import drop_penalty_slope, glow_weight, sample_nll, token_factors
 
 # (alpha, beta) -> {gain: weight}: the values of the released form, worked out by hand from its formula and clamp.
 GOLDEN = {
@@ -82,3 +82,23 @@ def test_token_factors_give_the_weighted_sums():
 def test_factors_of_weight_one_are_exactly_one():
     factors = token_factors(torch.ones(3), torch.tensor([3.0, 1.0, 0.0]), SEGMENTS, "token")
     assert (factors == 1).all()
+
+
+def test_weights_of_tokens_by_hand():
+    """Sample 0 has NLLs 1, 2 and 4 with weights 1, 0 and 3; sample 1 has NLL 3 with weight 0.5."""
+    tokens, weights = torch.tensor([3.0, 1.0, 0.0]), torch.tensor([0.5, 2.0, 7.0])
+    own = torch.tensor([[1.0, 0.0, 0.0], [3.0, 0.5, 0.0]])
+    by_token = -(LOG_PROBS * token_factors(weights, tokens, SEGMENTS, "token", own)).sum()
+    assert by_token.item() == pytest.approx(0.5 * (1 + 3 * 4) + 2.0 * 0.5 * 3)
+    by_sample = -(LOG_PROBS * token_factors(weights, tokens, SEGMENTS, "sample", own)).sum()
+    assert by_sample.item() == pytest.approx(0.5 * (1 + 3 * 4) / 4 + 2.0 * 3), "0.5 is all that sample 1 has"
+
+
+def test_drop_penalty_slope_is_the_derivative_of_the_penalty():
+    past = torch.tensor([2.0, 2.0, 1.0, torch.nan])
+    current = torch.tensor([1.0, 1.9, 1.5, 1.0], requires_grad=True)
+    penalty = 0.3 * torch.relu(past - current - 0.2).nansum()  # the first fell by 1, the second by less than 0.2
+    (slope,) = torch.autograd.grad(penalty, current)
+    found = drop_penalty_slope(past, current, 0.3, 0.2)
+    assert found.tolist() == pytest.approx([-0.3, 0.0, 0.0, 0.0]) and not found.requires_grad
+    assert found[:3].tolist() == slope[:3].tolist()

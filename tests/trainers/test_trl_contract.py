@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import global_then_local_main_first
 
-# method -> its parameters after self
+# method that is overridden or called -> its parameters after self
 OVERRIDDEN = {
     SFTTrainer._prepare_dataset: "dataset processing_class args packing formatting_func dataset_name",
     SFTTrainer._set_signature_columns_if_needed: "",
@@ -20,6 +20,7 @@ OVERRIDDEN = {
     SFTTrainer.log: "logs start_time",
     Trainer._get_num_items_in_batch: "batch_samples device",
     Trainer._clip_grad_norm: "model",
+    Trainer._load_best_model: "",
     Trainer.get_batch_samples: "epoch_iterator num_batches device",
     Trainer.train: "resume_from_checkpoint trial ignore_keys_for_eval",
     DataCollatorForLanguageModeling.torch_call: "examples",
