@@ -14,12 +14,14 @@ from typing import Any
 from ..core.errors import RunFolderError
 from ..core.run_folder import write_atomic
 from ..core.trajectory import prompt_text, read_rows
+from .report_ledger import cut
 from .report_results import Run, describe_filter, describe_tasks, describe_training
+from .report_sweep import describe_sweeps
+from .report_unlearning import describe_unlearning, is_suite
 from .sampling import SAMPLES_FILE
 from .scores import SCORES_FILE
 
 REPORT_FILE = "report.html"
-MAX_TEXT = 6_000
 EXAMPLES = 2  # of each kind, per task
 
 
@@ -37,11 +39,15 @@ def run_report(folder: str | Path) -> Path:
         loader=PackageLoader("afterglow.eval"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    evaluations = [run for run in runs if run.stage == "eval" and (run.path / SCORES_FILE).exists()]
+    evaluations = [
+        run for run in runs if run.stage == "eval" and not is_suite(run) and (run.path / SCORES_FILE).exists()
+    ]
     page = environment.get_template("report.html.jinja").render(
         title=folder.resolve().name,
         when=_date(max(run.manifest["finished"] or run.manifest["started"] for run in runs)),
         tasks=list(describe_tasks(evaluations)),
+        unlearning=describe_unlearning(runs),
+        sweeps=list(describe_sweeps(folder)),
         filters=[describe_filter(run) for run in runs if run.stage == "filter" and (run.path / "steps.json").exists()],
         trainings=[describe_training(run) for run in runs if run.stage == "train"],
         examples=[found for run in evaluations for found in _examples(run)],
@@ -106,20 +112,14 @@ def _example(row: Mapping[str, Any]) -> dict[str, Any]:
         turns.append(
             {
                 "role": message["role"],
-                "thought": _cut(thought.replace("<think>", "").strip()) if closed else "",
-                "text": _cut((rest if closed else text).strip()),
+                "thought": cut(thought.replace("<think>", "").strip()) if closed else "",
+                "text": cut((rest if closed else text).strip()),
             }
         )
     return {
-        "problem_id": row["problem_id"], "problem": _cut(problem), "turns": turns, "gold": row.get("answer"),
+        "problem_id": row["problem_id"], "problem": cut(problem), "turns": turns, "gold": row.get("answer"),
         "extracted": row.get("extracted"), "reason": row.get("reason"), "tokens": row.get("n_tokens"),
     }  # fmt: skip
-
-
-def _cut(text: str) -> str:
-    if len(text) <= MAX_TEXT:
-        return text
-    return f"{text[: MAX_TEXT // 2]}\n… {len(text) - MAX_TEXT:,} more characters …\n{text[-MAX_TEXT // 2 :]}"
 
 
 def _provenance(run: Run) -> dict[str, Any]:

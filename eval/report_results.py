@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ..core.trajectory import read_rows
 from . import report_figures as figures
 from .pass_at_k import pass_at_k
+from .report_ledger import describe_ledger
 from .scores import PROBLEMS_FILE, SCORES_FILE, percent, shown_metrics
 from .uncertainty import paired_difference
-
-SERIES_SHOWN = 8
-LEDGER_FILE = "loss_ledger.parquet"
 
 
 @dataclass(frozen=True)
@@ -154,20 +151,10 @@ def find_histograms(report: Any, path: str = "") -> Iterator[tuple[str, list[flo
         found = report.get("counts", {name: value for name, value in report.items() if name != "edges"})
         groups = found if isinstance(found, dict) else {"rows": found}
         if len(edges) > 1 and groups:
-            yield path, edges, _few(groups)
+            yield path, edges, figures.few(groups)
         return
     for name, value in report.items():
         yield from find_histograms(value, path if name == "histogram" else f"{path}, {name}".replace("_", " "))
-
-
-def _few(groups: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Keep the largest groups, and add up the others."""
-    order = sorted(groups, key=lambda name: -sum(groups[name]))
-    if len(order) <= SERIES_SHOWN:
-        return groups
-    kept = {name: groups[name] for name in order[: SERIES_SHOWN - 1]}
-    rest = [groups[name] for name in order[SERIES_SHOWN - 1 :]]
-    return kept | {f"{len(rest)} others": [sum(column) for column in zip(*rest, strict=True)]}
 
 
 def describe_training(run: Run) -> dict[str, Any]:
@@ -185,11 +172,11 @@ def describe_training(run: Run) -> dict[str, Any]:
         if present and len(rows) > 1:
             series = {name.removeprefix("glow/").replace("_", " "): [row[name] for row in rows] for name in present}
             drawn.append(figures.lines(title, [row["step"] for row in rows], series, "step", ylabel))
-    if (ledger := _ledger_path(run.path)) is not None:
-        drawn += _ledger_figures(ledger, run)
+    ledger = describe_ledger(run.path)
     summary = run.manifest.get("summary") or {}
     numbers = {name: _number(value) for name, value in summary.items() if isinstance(value, int | float | str)}
-    return {"name": run.name, "summary": numbers, "figures": drawn}
+    drawn += ledger["figures"]
+    return {"name": run.name, "summary": numbers, "figures": drawn, "notable": ledger["notable"]}
 
 
 def _number(value: float | str) -> str:
@@ -200,50 +187,3 @@ def _trainer_log(path: Path) -> list[dict[str, Any]]:
     """The log of transformers' own trainer, of the newest checkpoint."""
     states = sorted(path.glob("checkpoint-*/trainer_state.json"), key=lambda file: int(file.parent.name.split("-")[1]))
     return json.loads(states[-1].read_text(encoding="utf-8"))["log_history"] if states else []
-
-
-def _ledger_path(path: Path) -> Path | None:
-    found = sorted(path.glob(f"checkpoint-*/{LEDGER_FILE}"), key=lambda file: int(file.parent.name.split("-")[1]))
-    candidates = [path / LEDGER_FILE, *reversed(found)]
-    return next((file for file in candidates if file.exists()), None)
-
-
-def _ledger_figures(path: Path, run: Run) -> list[str]:
-    """The loss of right and wrong chains by epoch, and how much each gained in the last one."""
-    import pandas as pd
-
-    table = pd.read_parquet(path).set_index("id")
-    losses = table.to_numpy("float32")
-    if not losses.size or np.isnan(losses).all():
-        return []
-    labels = _labels(run)
-    names = [labels.get(name, "not graded") for name in table.index]
-    order = [name for name in ("right", "wrong", "not graded") if name in names]
-    groups = {
-        ("samples" if order == ["not graded"] else name): losses[[row == name for row in names]] for name in order
-    }
-    groups = {name: rows for name, rows in groups.items() if not np.isnan(rows).all()}
-    drawn = [figures.ledger("loss of each sample", groups)]
-    if losses.shape[1] > 1:
-        gains = {name: rows[:, -2] - rows[:, -1] for name, rows in groups.items()}
-        known = {name: found[~np.isnan(found)] for name, found in gains.items()}
-        everything = np.concatenate(list(known.values()))
-        if len(everything):
-            edges = np.histogram_bin_edges(everything, bins=30, range=tuple(np.quantile(everything, [0.005, 0.995])))
-            counts = {name: np.histogram(found, edges)[0].tolist() for name, found in known.items()}
-            drawn.append(figures.histogram("gain in the last epoch, nats", edges.tolist(), counts))
-    return drawn
-
-
-def _labels(run: Run) -> dict[str, str]:
-    """Id -> right or wrong, from the data that the run was trained on, where that is still there."""
-    config = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")) or {}
-    data = config.get("data") or []
-    files = [Path(file) for file in ([data] if isinstance(data, str) else data)]
-    names = {True: "right", False: "wrong"}
-    return {
-        str(row.get("id")): "not graded" if row.get("correct") is None else names[row["correct"]]
-        for file in files
-        if file.is_file()
-        for _, row in read_rows(file)
-    }

@@ -14,6 +14,7 @@ from afterglow.core.recipe import read_recipe
 from afterglow.core.run_folder import RunFolder
 from afterglow.eval import evaluate
 from afterglow.eval.report import run_report
+from afterglow.eval.report_ledger import describe_ledger, most_regressed, stagnating
 from afterglow.eval.report_results import find_histograms
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -48,7 +49,11 @@ def write_filter(path):
     }  # fmt: skip
     with RunFolder.open(path, "filter", {"output_dir": str(path)}) as run:
         (path / "steps.json").write_text(json.dumps({"rows_in": 8, "kept": 6, "dropped": 2, "steps": [step]}))
-        kept = [{"id": f"t{i}", "correct": i % 2 == 0} for i in range(6)]
+        kept = [
+            {"id": f"t{i}", "correct": i % 2 == 0, "source": "terse" if i < 3 else "wordy",
+             "prompt": f"<i>{i}</i>?",
+             "completion": f"chain {i}", "answer": "4"} for i in range(6)
+        ]  # fmt: skip
         (path / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
         run.finish({"kept": 6})
 
@@ -57,8 +62,10 @@ def write_training(path, data):
     with RunFolder.open(path, "train", {"data": str(data), "output_dir": str(path)}) as run:
         losses = np.linspace(2, 0.1, 18, dtype="float32").reshape(6, 3)
         losses[0, 2] = np.nan
+        losses[2, 2] = losses[2, 1] + 0.5
         table = pd.DataFrame(losses, columns=["epoch_1", "epoch_2", "epoch_3"])
         table.insert(0, "id", [f"t{i}" for i in range(6)])
+        table["weight"] = np.linspace(0.5, 1.5, 6, dtype="float32")
         (path / "checkpoint-9").mkdir()
         table.to_parquet(path / "checkpoint-9" / "loss_ledger.parquet")
         log = run.log("metrics.jsonl")
@@ -115,6 +122,8 @@ def test_figures_are_sound_and_follow_the_page(folder, page):
     assert labels == [
         "pass@k", "how often each problem is solved", "mean tokens of each problem&#x27;s samples", "branching",
         "branching, length", "loss", "weights", "gradient norm", "loss of each sample", "gain in the last epoch, nats",
+        "gain in the last epoch, nats, by source", "weight in the last epoch", "weight in the last epoch, by source",
+        "samples that do not learn",
     ]  # fmt: skip
     ids = []
     for svg in drawn:
@@ -132,7 +141,30 @@ def test_what_the_page_says(folder, page):
     assert "filter: 6 of 8 rows kept" in said and "2 among the most branching 25%" in said
     assert "right (3)" in said and "wrong (3)" in said, "the ledger is split by the labels of the training set"
     assert "1 min 15 s" in said and "train loss 1.25" in said
+    assert "most regressed : the loss rose most" in said and "chain 2" in said and "weight 0.9" in said
     assert said.count("no boxed answer") >= 2 and "read as" in said and "torch 2." in said and "commit" in said
+
+
+def test_regressed_and_stagnating_samples_by_hand():
+    nan = np.nan
+    losses = np.array(
+        [[1.0, 0.9, 1.4], [2.0, 1.0, 1.1], [3.0, 2.9, 2.8], [3.0, 2.0, 1.9], [nan, nan, nan], [1.0, 0.5, 0.1]],
+        "float32",
+    )
+    assert most_regressed(losses) == [0, 1], "by 0.5 and by 0.1; who fell is not there"
+    assert most_regressed(losses, 1) == [0] and most_regressed(losses[:, :1]) == []
+    assert stagnating(losses) == [2, 3], "the hardest quarter begins at 1.9: they fell by 7% and by 37%"
+    assert stagnating(losses[:, :1]) == [] and stagnating(losses[4:5]) == []
+
+
+def test_a_ledger_without_its_data_is_still_drawn(folder, tmp_path):
+    write_training(tmp_path / "glow", tmp_path / "gone.jsonl")
+    found = describe_ledger(tmp_path / "glow")
+    assert [group["kind"] for group in found["notable"]] == ["most regressed", "stagnating"]
+    sample = found["notable"][0]["samples"][0]
+    assert (sample["id"], sample["label"], sample["problem"]) == ("t2", "not graded", None)
+    assert len(found["figures"]) == 4, "no sources, no labels"
+    assert "no longer where they were" in run_report(tmp_path).read_text()
 
 
 def test_one_evaluation_alone(folder):
