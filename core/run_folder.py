@@ -23,10 +23,12 @@ from .provenance import describe_code, describe_machine, describe_versions
 from .recipe import plain
 from .trajectory import fingerprint
 
-# Keys that say how to run, not what to compute: they may differ when a run is resumed.
+# Keys that say how to run, not what to compute: they may differ when a run is resumed. What the global batch is made of
+# has rules of its own (launch/spread.py).
 RUNTIME_KEYS = frozenset(
     {"overwrite", "logging_steps", "disable_tqdm", "report_to", "dataloader_num_workers", "server_url", "workers",
-     "gpu_memory_utilization", "max_num_seqs", "output_dir"}
+     "gpu_memory_utilization", "max_num_seqs", "output_dir", "per_device_train_batch_size",
+     "gradient_accumulation_steps"}
 )  # fmt: skip
 
 

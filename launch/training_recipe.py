@@ -30,11 +30,11 @@ METHODS = {
 }
 # What a trainer reads of a trajectory, and what it may read besides.
 COLUMNS = ("id", "prompt", "completion")
-OPTIONAL_COLUMNS = ("tools", "chat_template_kwargs", "sample_weight", "alternative")
+OPTIONAL_COLUMNS = ("tools", "chat_template_kwargs", "sample_weight", "correct", "alternative")
 RL_COLUMNS = ("id", "prompt", "answer")  # of a method that writes its completions itself
 # Further tables of a method, read like `data`: key of its configuration -> argument of its trainer.
 TABLES = {"retain_data": "retain_dataset"}
-FILES = (*TABLES, "alternatives")  # keys of a method that name what it reads
+FILES = (*TABLES, "alternatives", "heldout_problems")  # keys of a method that name what it reads
 # How the processes are driven, not what is computed; and what must not be stored.
 NO_IDENTITY = frozenset({"use_cpu", "ddp_backend", "dataloader_pin_memory", "hub_token"})
 REFUSED = {
@@ -188,6 +188,19 @@ def load_table(data: DataConfig, columns: tuple[str, ...] = COLUMNS) -> "Dataset
     return table.select_columns(wanted)
 
 
+def refuse_ignored_weights(training: Training, table: "Dataset") -> None:
+    """Refuse weights that the method would not read.
+
+    Raises:
+        RecipeError: the data have some, and TRL's own trainer is asked for.
+    """
+    if training.stage.method == "sft" and "sample_weight" in table.column_names:
+        raise RecipeError(
+            "`method: sft` is TRL's trainer and ignores the column `sample_weight`. Use `method: glow` with "
+            "`weighting: none`, or drop the column."
+        )
+
+
 def load_further_tables(training: Training) -> "dict[str, Dataset]":
     """Read and check what a trainer reads besides `data`, by the name of its argument.
 
@@ -212,7 +225,7 @@ def check(training: Training, overwrite: bool = False) -> None:
     Raises:
         DataError, ModelError, RunFolderError: what would stop the run.
     """
-    load_table(training.data, training.columns)
+    refuse_ignored_weights(training, load_table(training.data, training.columns))
     load_further_tables(training)
     check_the_model(training)
     if not overwrite:

@@ -17,7 +17,15 @@ from ..core.run_folder import JsonlLog, RunFolder, write_atomic
 from ..core.trajectory import content_hash
 from ..trainers.checkpoints import MarkComplete, last_complete_checkpoint
 from .console import print_table
-from .training_recipe import Training, check_processes, check_the_model, load_further_tables, load_table
+from .spread import check_spread, describe_spread
+from .training_recipe import (
+    Training,
+    check_processes,
+    check_the_model,
+    load_further_tables,
+    load_table,
+    refuse_ignored_weights,
+)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -92,6 +100,8 @@ def run_training(training: Training, overwrite: bool = False) -> Path:
     folder = Path(str(training.args.output_dir))
     done = not overwrite and _says_finished(folder)
     table = None if done else load_table(training.data, training.columns)
+    if table is not None:
+        refuse_ignored_weights(training, table)
     template = None if done else check_the_model(training).chat_template
     with ExitStack() as stack:
         opened: list[RunFolder] = []  # by the first process only
@@ -156,12 +166,11 @@ def _says_finished(folder: Path) -> bool:
 
 def _open(training: Training, template: Any, rows: int, overwrite: bool) -> RunFolder:
     args, state = training.args, training.state
-    launch = {"world_size": args.world_size, "distributed_type": str(state.distributed_type.value)}
+    spread = describe_spread(training)
     facts = {
-        **launch,
+        **spread,
         "backend": state.backend,
         "device": str(args.device.type),
-        "effective_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "seeds": {"seed": args.seed, "data_seed": args.data_seed},
         "chat_template": content_hash(template),
         "rows": rows,
@@ -169,14 +178,12 @@ def _open(training: Training, template: Any, rows: int, overwrite: bool) -> RunF
     run = RunFolder.open(
         str(args.output_dir), "train", training.config, inputs=training.inputs, overwrite=overwrite, extra=facts
     )
-    before = {name: run.manifest[name] for name in launch}
-    if before != launch:
+    try:
+        check_spread(training, {name: run.manifest.get(name) for name in spread})
+    except RunFolderError:
         run.close()
-        raise RunFolderError(
-            f"{args.output_dir}: was started with {before['world_size']} process(es) ({before['distributed_type']}), "
-            f"this is {launch['world_size']} ({launch['distributed_type']}): its checkpoints and its batch would not "
-            "fit. Start it in the same way, choose another `output_dir`, or pass --overwrite to start again."
-        )
+        raise
+    run.record(**spread)
     return run
 
 

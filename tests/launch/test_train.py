@@ -172,6 +172,33 @@ def test_another_config_other_data_and_another_world_are_refused(tmp_path, tiny_
     assert json.loads((folder / "manifest.json").read_text())["rows"] == 20
 
 
+def test_a_run_is_spread_otherwise_only_where_the_result_is_the_same(tmp_path, tiny_folder):
+    from afterglow.launch.spread import check_spread, describe_spread
+
+    def training(**changes):
+        return recipes.parse(read_recipe(training_recipe(tmp_path, tiny_folder, **changes)))
+
+    spread = {"world_size": 2, "distributed_type": "MULTI_CPU", "effective_batch": 4, "split": [1, 2]}
+    check_spread(training(), describe_spread(training()))
+    check_spread(training(), spread)
+    dropout = tmp_path / "dropout"
+    shutil.copytree(tiny_folder, dropout)
+    config = json.loads((dropout / "config.json").read_text()) | {"attention_dropout": 0.1}
+    (dropout / "config.json").write_text(json.dumps(config))
+    for changes, before, says in [
+        ({}, {"effective_batch": 8}, "the global batch would be 4 instead of 8 rows"),
+        ({}, {"distributed_type": "DEEPSPEED"}, "checkpoints of DEEPSPEED are made for its number of processes"),
+        ({"method": "sft"}, {}, "the batches of `method: sft` depend on how they are spread"),
+        ({"train_sampling_strategy": "group_by_length"}, {}, "`train_sampling_strategy: group_by_length` orders rows"),
+        ({"dataloader_drop_last": True}, {}, "`dataloader_drop_last` drops other rows"),
+        ({"neftune_noise_alpha": 5.0}, {}, "noise for neftune_noise_alpha"),
+        ({"use_peft": True, "lora_dropout": 0.1}, {}, "noise for lora_dropout"),
+        ({"model_name_or_path": str(dropout)}, {}, "noise for attention_dropout"),
+    ]:
+        with pytest.raises(RunFolderError, match=f"started with 2 process.*{says}"):
+            check_spread(training(**changes), spread | before)
+
+
 def test_lora_leaves_a_merged_model_and_its_adapter(tmp_path, tiny_folder):
     from transformers import AutoModelForCausalLM
 
@@ -189,7 +216,14 @@ def test_only_what_a_trainer_reads_is_kept(tmp_path, tiny_folder):
     rows = [row | {"rsr": 0.5, "tools": [{"type": "function"}], "text": "not for TRL"} for row in training_rows()]
     write_rows(tmp_path / "data.jsonl", rows)
     training = recipes.parse(read_recipe(training_recipe(tmp_path, tiny_folder)))
-    assert recipes.load_table(training.data).column_names == ["id", "prompt", "completion", "tools"]
+    assert recipes.load_table(training.data).column_names == ["id", "prompt", "completion", "tools", "correct"]
+
+
+def test_weights_that_a_method_ignores_are_refused(tmp_path, tiny_folder):
+    write_rows(tmp_path / "data.jsonl", [row | {"sample_weight": 2.0} for row in training_rows()])
+    with pytest.raises(RecipeError, match="`method: sft` .* ignores the column `sample_weight`.*`method: glow`"):
+        train(training_recipe(tmp_path, tiny_folder, method="sft"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_set_for_a_machine_without_a_gpu(tmp_path, tiny_folder, monkeypatch):
