@@ -43,7 +43,10 @@ class DataConfig:
     """Where trajectories (or problems) come from and how their columns are called there."""
 
     data: str | list[str] = field(
-        metadata={"help": "JSONL(.gz), JSON or Parquet file(s), or a dataset on the hub, of trajectories."}
+        metadata={
+            "help": "JSONL(.gz), JSON or Parquet file(s), or a dataset on the hub (`owner/name[:subset[:split]]`), of "
+            "trajectories."
+        }
     )
     columns: dict[str, str] = field(
         default_factory=dict,
@@ -149,19 +152,25 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
         raise DataError(f"{path}: cannot tell its kind; use .jsonl, .jsonl.gz, .json or .parquet.")
 
 
-def _source_rows(data: str | list[str], split: str, subset: str | None) -> Iterator[tuple[str, dict]]:
+def source_rows(data: str | list[str], split: str, subset: str | None) -> Iterator[tuple[str, dict]]:
+    """Yield `("where", row)` of files, and of datasets on the hub, which may name a subset and split of their own.
+
+    Raises:
+        DataError: a file cannot be read, or the hub has no such dataset.
+    """
     for source in [data] if isinstance(data, str) else data:
         if Path(source).suffix in (".jsonl", ".gz", ".json", ".parquet") or Path(source).exists():
             yield from read_rows(source)
             continue
+        name, *named = source.split(":")  # owner/name[:subset[:split]]
         try:
-            table = load_dataset(source, subset, split=split)
+            table = load_dataset(name, named[0] if named else subset, split=named[1] if named[1:] else split)
         except Exception as error:
             raise DataError(
                 f"{source}: neither a file here nor a dataset that the hub could give ({type(error).__name__}: "
                 f"{str(error)[:200]}). Check the path, the hub id, `subset` and `split`."
             ) from error
-        yield from ((f"{source}[{split}] row {i}", dict(row)) for i, row in enumerate(table))
+        yield from ((f"{source}[{table.split}] row {i}", dict(row)) for i, row in enumerate(table))
 
 
 def _rename(row: dict, columns: dict[str, str], where: str) -> dict:
@@ -256,7 +265,7 @@ class _Reader:
 
     def _load_problems(self) -> dict[str, dict]:
         joined: dict[str, dict] = {}
-        for where, row in _source_rows(self.config.problems or "", self.config.split, self.config.subset):
+        for where, row in source_rows(self.config.problems or "", self.config.split, self.config.subset):
             row = _rename(row, self.config.problem_columns, where)
             if row.get("problem_id") is None:
                 raise DataError(f"{where}: no `problem_id`; map it with `problem_columns: {{problem_id: ...}}`.")
@@ -269,7 +278,7 @@ class _Reader:
     def __iter__(self) -> Iterator[dict]:
         config, seen, samples = self.config, {}, {}
         self.faults = []
-        for count, (where, row) in enumerate(_source_rows(config.data, config.split, config.subset)):
+        for count, (where, row) in enumerate(source_rows(config.data, config.split, config.subset)):
             if config.max_rows is not None and count >= config.max_rows:
                 return
             row = _rename(row, config.columns, where)

@@ -2,6 +2,7 @@ import gzip
 import json
 
 import pytest
+from datasets import Dataset
 
 from afterglow.core.errors import DataError
 from afterglow.core.trajectory import (
@@ -172,3 +173,19 @@ def test_fingerprint_of_a_model_folder_follows_its_weights_not_its_logs(tmp_path
         weights.seek(-1, 2)
         weights.write(b"x")
     assert len({first, large, fingerprint(str(tmp_path))}) == 3
+
+
+def test_a_source_on_the_hub_names_its_own_subset_and_split(monkeypatch):
+    asked = []
+
+    def load(name, subset, split):
+        asked.append((name, subset, split))
+        return Dataset.from_list([{"question": f"{subset}?", "text": "yes"}], split=split)
+
+    monkeypatch.setattr("afterglow.core.trajectory.load_dataset", load)
+    sources = ["owner/one", "owner/two:forget10", "owner/three:raw:retain1"]
+    config = DataConfig(data=sources, subset="s", split="test", columns={"prompt": "question", "completion": "text"})
+    assert len(load_trajectories(config)) == 3
+    one, two, three = asked[:3]
+    assert one == ("owner/one", "s", "test")
+    assert two == ("owner/two", "forget10", "test") and three == ("owner/three", "raw", "retain1")
