@@ -57,7 +57,7 @@ def _reasons(training: Training, before: Mapping[str, Any], now: Mapping[str, An
     kinds = {before["distributed_type"], now["distributed_type"]}
     moved = before["world_size"] != now["world_size"] or len(kinds) > 1
     if moved and (sharded := kinds.difference(PLAIN)):
-        reasons.append(f"checkpoints of {', '.join(sorted(sharded))} are made for its number of processes")
+        reasons.append(f"checkpoints of {', '.join(sorted(sharded))} are not known to fit another number of processes")
     if not getattr(training.trainer, "any_spread", False):
         reasons.append(f"the batches of `method: {training.stage.method}` depend on how they are spread")
     if args.train_sampling_strategy != "random":

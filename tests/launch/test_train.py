@@ -187,7 +187,11 @@ def test_a_run_is_spread_otherwise_only_where_the_result_is_the_same(tmp_path, t
     (dropout / "config.json").write_text(json.dumps(config))
     for changes, before, says in [
         ({}, {"effective_batch": 8}, "the global batch would be 4 instead of 8 rows"),
-        ({}, {"distributed_type": "DEEPSPEED"}, "checkpoints of DEEPSPEED are made for its number of processes"),
+        (
+            {},
+            {"distributed_type": "DEEPSPEED"},
+            "checkpoints of DEEPSPEED are not known to fit another number of processes",
+        ),
         ({"method": "sft"}, {}, "the batches of `method: sft` depend on how they are spread"),
         ({"train_sampling_strategy": "group_by_length"}, {}, "`train_sampling_strategy: group_by_length` orders rows"),
         ({"dataloader_drop_last": True}, {}, "`dataloader_drop_last` drops other rows"),
@@ -221,7 +225,7 @@ def test_only_what_a_trainer_reads_is_kept(tmp_path, tiny_folder):
 
 def test_weights_that_a_method_ignores_are_refused(tmp_path, tiny_folder):
     write_rows(tmp_path / "data.jsonl", [row | {"sample_weight": 2.0} for row in training_rows()])
-    with pytest.raises(RecipeError, match="`method: sft` .* ignores the column `sample_weight`.*`method: glow`"):
+    with pytest.raises(RecipeError, match=r"`method: sft` .* ignores the column `sample_weight`.*`method: glow`"):
         train(training_recipe(tmp_path, tiny_folder, method="sft"))
     assert not (tmp_path / "run").exists()
 
