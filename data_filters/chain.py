@@ -38,7 +38,7 @@ from ..core.progress import progress
 from ..core.recipe import Section, build, plain
 from ..core.run_folder import RunFolder, write_atomic
 from ..core.trajectory import DataConfig, content_hash, load_trajectories, write_trajectories
-from . import branching, grade, length, negatives, random_drop, rsr
+from . import branching, grade, length, mixture, negatives, random_drop, rsr, tool_suitability
 from .result import FilterResult
 from .selection import count_by, source_name
 
@@ -62,6 +62,8 @@ STEPS = {
     "negatives": Step(negatives.NegativesConfig, negatives.apply, negatives.check),
     "random": Step(random_drop.RandomConfig, random_drop.apply),
     "length": Step(length.LengthConfig, length.apply),
+    "mixture": Step(mixture.MixtureConfig, mixture.apply, mixture.check),
+    "tool_suitability": Step(tool_suitability.ToolSuitabilityConfig, tool_suitability.apply, reads=("samples",)),
 }
 
 
@@ -286,12 +288,14 @@ class _Flow:
         column = values.take(pa.array(place, mask=place < 0))
         order = self.table.column_names
         if name in order:
-            old = self.table.data.column(name)
+            old, json_type = self.table.data.column(name), column.type if _is_json(column) else None
             try:
+                column, old = (values.cast(pa.string()) if _is_json(values) else values for values in (column, old))
                 if pa.types.is_null(column.type):
                     column = column.cast(old.type)
                 old = old.cast(column.type).combine_chunks()
                 column = pc.if_else(pa.array(place >= 0), column, old)  # pyright: ignore[reportAttributeAccessIssue]
+                column = json_type.wrap_array(column) if json_type else column
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
                 raise DataError(
                     f"the data has a column `{name}` of type {old.type}, and a step writes {values.type} there. Give "
@@ -315,6 +319,11 @@ class _Flow:
         if len(rows) == len(table):
             return table
         return table.select(rows, new_fingerprint=self._fingerprint())
+
+
+def _is_json(column: Any) -> bool:
+    """Whether a column holds JSON, which Arrow stores as text and does not compute with."""
+    return isinstance(column.type, pa.JsonType)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

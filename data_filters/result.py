@@ -1,8 +1,12 @@
 """What every data filter returns."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
 
 from ..core.progress import Bar
 
@@ -14,14 +18,20 @@ class FilterResult:
     """The decision of one filter about every row of its input table.
 
     Attributes:
-        scores: New columns, one value per row of the input table.
+        scores: New columns, one value per row of the input table; `json_column` for lists and mappings.
         dropped: Row index -> reason; every other row is kept.
         report: JSON-able numbers for the report (histograms, counts, teacher tables).
     """
 
-    scores: dict[str, list]
+    scores: dict[str, list | pa.Array]
     dropped: dict[int, str]
     report: dict
+
+
+def json_column(values: Sequence[Any]) -> pa.Array:
+    """Return a column of JSON-able values that differ in shape (tool schemas, chat template variables)."""
+    encoded = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+    return pa.array(encoded, pa.json_(pa.string()))
 
 
 class _NoBar:

@@ -18,6 +18,7 @@ from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 from afterglow.core.errors import DataError, ModelError, RecipeError
 from afterglow.core.token_stats import ScoredSequence, TokenStats, score_tokens
+from afterglow.core.tool_protocol import TOOLS
 from afterglow.core.vocabulary_pass import VocabularyHead, token_statistics
 from afterglow.data_filters import rsr
 from afterglow.data_filters.rsr import (
@@ -179,6 +180,29 @@ def test_scores_equal_a_plain_computation(tiny_folder, tmp_path):
         rank = 1 + (logits > logits.gather(1, target)).sum(1)
         surprisal = -logits.log_softmax(-1).gather(1, target)
         assert result.scores["rsr"][i] == pytest.approx((rank.clamp(max=120).sum() / surprisal.sum()).item(), rel=1e-5)
+
+
+def test_only_what_the_model_wrote_is_scored_in_a_row_with_tools(tiny_folder, tmp_path):
+    """The tools block and the tool's answer, however long, are context: neither counts as a token, both are read."""
+    call = {"type": "function", "function": {"name": "python", "arguments": {"code": "6*7"}}}
+
+    def row(key, output):
+        completion = [
+            {"role": "assistant", "content": "<think>\nlong\n</think>", "tool_calls": [call]},
+            {"role": "tool", "content": output},
+            {"role": "assistant", "content": "It is 42."},
+        ]
+        return {"id": key, "problem_id": key, "prompt": [{"role": "user", "content": "6*7?"}], "source": "t",
+                "completion": completion, "correct": True, "tools": TOOLS}  # fmt: skip
+
+    table = Dataset.from_list([row("short", "42\n"), row("long", "42 " * 50)], on_mixed_types="use_json")
+    scores = apply(table, config(tiny_folder, select="none"), seed=0, cache_folder=tmp_path).scores
+    call_text = '<tool_call>\n{"name": "python", "arguments": {"code": "6*7"}}\n</tool_call>'
+    written = len(
+        tiny_tokenizer()(f"{call_text}It is 42.")["input_ids"]
+    )  # Qwen3's template forgets the earlier thought
+    assert scores["rsr_tokens"] == [written, written]
+    assert scores["rsr"][0] != scores["rsr"][1]
 
 
 def test_bf16_scores_are_within_a_thousandth_of_full_logits(tmp_path):
