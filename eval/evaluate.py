@@ -7,10 +7,12 @@ writes `samples.jsonl` (one trajectory per sample: filters read it), `problems.j
 every other k, interval and paired comparison follows) and `scores.json`.
 
 With `samples: file.jsonl` nothing is generated: samples that exist are scored (`score_samples`). With `suite: tofu` and
-its like a model is asked what it should have forgotten (`unlearning`).
+its like a model is asked what it should have forgotten (`unlearning`). With `checkpoints:` in place of `model` every
+checkpoint of a training is evaluated (`sweep`).
 """
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import yaml
 
 from ..core.answer_extraction import Extract
 from ..core.errors import RecipeError
-from ..core.generation import EngineConfig, encode_prompt, open_engine, read_checkpoint
+from ..core.generation import Engine, EngineConfig, encode_prompt, open_engine, read_checkpoint
 from ..core.grading import Grader, Kind
 from ..core.recipe import Section, build, plain
 from ..core.run_folder import RunFolder
@@ -40,6 +42,8 @@ from .sampling import (
 from .score_samples import run_scores
 from .scores import default_k, group_samples, read_scores, same_mathematics, score, show_scores, write_scores
 from .tasks import SAMPLING_KEYS, Problem, Task, load_tasks
+
+Opener = Callable[[EngineConfig], AbstractContextManager[Engine]]
 
 
 @dataclass
@@ -94,7 +98,7 @@ class EvalConfig(SampleConfig):
         return super().task_changes() | {name: getattr(self, name) for name in ("grader", "extract", "rel_tol")}
 
 
-def run(section: Section, overwrite: bool = False, dry_run: bool = False) -> Path:
+def run(section: Section, overwrite: bool = False, dry_run: bool = False, opener: Opener | None = None) -> Path:
     """Evaluate a model as a recipe says, or go on where a killed run stopped, and return the run's folder.
 
     Recipe, problems, gold answers and the chat template are checked before the model is loaded.
@@ -103,6 +107,7 @@ def run(section: Section, overwrite: bool = False, dry_run: bool = False) -> Pat
         section: what `core.recipe.read_recipe` returned.
         overwrite: delete what the folder holds and start again.
         dry_run: check everything that is on this machine, show what would be done, and write nothing.
+        opener: opens the engine, or lends one that is open; default: `open_engine`.
 
     Raises:
         RecipeError: a key or value is wrong, such as a k above n.
@@ -112,12 +117,16 @@ def run(section: Section, overwrite: bool = False, dry_run: bool = False) -> Pat
     """
     if section.values.get("samples") is not None:
         return run_scores(section, overwrite, dry_run)
+    if section.values.get("checkpoints") is not None:
+        from .sweep import run_sweep  # it runs this module for each checkpoint
+
+        return run_sweep(section, overwrite, dry_run)
     if section.values.get("suite") is not None:
         from .unlearning import run_suite  # needs torch
 
         return run_suite(section, overwrite, dry_run)
     config, engine = build(section, EvalConfig, EngineConfig)
-    return _Evaluation("eval", config, engine).run(overwrite, dry_run)
+    return _Evaluation("eval", config, engine, opener).run(overwrite, dry_run)
 
 
 def run_sample(section: Section, overwrite: bool = False, dry_run: bool = False) -> Path:
@@ -129,8 +138,9 @@ def run_sample(section: Section, overwrite: bool = False, dry_run: bool = False)
 class _Evaluation:
     """One run of `eval` or `sample`."""
 
-    def __init__(self, stage: str, config: SampleConfig, engine: EngineConfig):
+    def __init__(self, stage: str, config: SampleConfig, engine: EngineConfig, opener: Opener | None = None):
         self.stage, self.config, self.engine = stage, config, engine
+        self.open_engine = opener or open_engine
         self.path = Path(config.output_dir)
         self.tasks, self.sources = load_tasks(config.tasks, config.task_changes())
         if isinstance(config, EvalConfig):
@@ -191,7 +201,7 @@ class _Evaluation:
         done = rows_done(log, jobs)
         if todo := [job for job in jobs if job.key not in done]:
             sampler = Sampler(log, self.engine.model, self.config.seed, self.config.logprobs, graders)
-            with open_engine(self.engine) as engine:
+            with self.open_engine(self.engine) as engine:
                 sampler.draw(engine, todo, prompts)
         log.close()
         put_in_order(folder.path / SAMPLES_FILE, {job.key: place for place, job in enumerate(jobs)}, row_key)

@@ -14,12 +14,13 @@ from typing import Any
 from ..core.errors import RunFolderError
 from ..core.run_folder import write_atomic
 from ..core.trajectory import prompt_text, read_rows
-from .report_ledger import cut
 from .report_results import Run, describe_filter, describe_tasks, describe_training
+from .report_sweep import describe_sweeps
 from .sampling import SAMPLES_FILE
 from .scores import SCORES_FILE
 
 REPORT_FILE = "report.html"
+MAX_TEXT = 6_000
 EXAMPLES = 2  # of each kind, per task
 
 
@@ -42,6 +43,7 @@ def run_report(folder: str | Path) -> Path:
         title=folder.resolve().name,
         when=_date(max(run.manifest["finished"] or run.manifest["started"] for run in runs)),
         tasks=list(describe_tasks(evaluations)),
+        sweeps=list(describe_sweeps(folder)),
         filters=[describe_filter(run) for run in runs if run.stage == "filter" and (run.path / "steps.json").exists()],
         trainings=[describe_training(run) for run in runs if run.stage == "train"],
         examples=[found for run in evaluations for found in _examples(run)],
@@ -106,14 +108,20 @@ def _example(row: Mapping[str, Any]) -> dict[str, Any]:
         turns.append(
             {
                 "role": message["role"],
-                "thought": cut(thought.replace("<think>", "").strip()) if closed else "",
-                "text": cut((rest if closed else text).strip()),
+                "thought": _cut(thought.replace("<think>", "").strip()) if closed else "",
+                "text": _cut((rest if closed else text).strip()),
             }
         )
     return {
-        "problem_id": row["problem_id"], "problem": cut(problem), "turns": turns, "gold": row.get("answer"),
+        "problem_id": row["problem_id"], "problem": _cut(problem), "turns": turns, "gold": row.get("answer"),
         "extracted": row.get("extracted"), "reason": row.get("reason"), "tokens": row.get("n_tokens"),
     }  # fmt: skip
+
+
+def _cut(text: str) -> str:
+    if len(text) <= MAX_TEXT:
+        return text
+    return f"{text[: MAX_TEXT // 2]}\n… {len(text) - MAX_TEXT:,} more characters …\n{text[-MAX_TEXT // 2 :]}"
 
 
 def _provenance(run: Run) -> dict[str, Any]:

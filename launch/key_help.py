@@ -76,8 +76,15 @@ def _configs(verb: str) -> list[tuple[str, type]]:
     if verb in ("eval", "sample"):
         from ..core.generation import EngineConfig
         from ..eval.evaluate import EvalConfig, SampleConfig
+        from ..eval.sweep import SweepConfig
 
-        return [("stage", EvalConfig if verb == "eval" else SampleConfig), ("engine", EngineConfig)]
+        engine = [("engine", EngineConfig)]
+        if verb == "sample":
+            return [("stage", SampleConfig), *engine]
+        from ..eval.unlearning import STUDIES, SUITES
+
+        suites = [(f"suite: {name}", config) for name, (config, _) in (SUITES | STUDIES).items()]
+        return [("stage", EvalConfig), *engine, ("many checkpoints", SweepConfig), *suites]
     return []
 
 

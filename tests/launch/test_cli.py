@@ -39,7 +39,7 @@ def test_help_imports_nothing_heavy(words):
     [
         ("train", ["method", "model_name_or_path", "prompt_template", "glow_beta", "learning_rate", "--num_processes"]),
         ("filter", ["steps", "prompt_template", "step: rsr", "r_max", "keep_ratio", "--dry_run"]),
-        ("eval", ["tasks", "temperature", "grader", "gpu_memory_utilization"]),
+        ("eval", ["tasks", "temperature", "grader", "gpu_memory_utilization", "checkpoints"]),
         ("sample", ["tasks", "temperature"]),
         ("run", ["stages", "--overwrite"]),
         ("report", ["FOLDER"]),
