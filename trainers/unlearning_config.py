@@ -32,7 +32,8 @@ class UnlearnConfig(SFTConfig):
         default=None, metadata={"help": "Trajectories to keep, read like `data` (which is what to forget)."}
     )
     forget_loss: str = field(
-        default="npo", metadata={"help": "`" + "`, `".join(FORGET_LOSSES) + "`; docs/unlearning.md has the formulas."}
+        default="npo",
+        metadata={"help": "`" + "`, `".join(FORGET_LOSSES) + "`; docs/methods/unlearning.md has the formulas."},
     )
     retain_loss: str = field(
         default="nll",
