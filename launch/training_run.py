@@ -12,6 +12,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..core.errors import AfterglowError, ModelError, RecipeError, RunFolderError
+from ..core.fast_forward import keep_freed_memory
 from ..core.progress import progress
 from ..core.run_folder import JsonlLog, RunFolder, write_atomic
 from ..core.trajectory import content_hash
@@ -126,6 +127,8 @@ def _train(training: Training, table: Any, folder: Path, run: RunFolder | None, 
     """Train and save the model. `run` is the first process's."""
     if run:
         _delete_broken_checkpoints(folder)
+    if training.args.device.type == "cpu":
+        keep_freed_memory()
     metrics = LogMetrics(folder)
     trainer = _make_trainer(training, table, [metrics] if run else [])
     check_processes(training, str(trainer.accelerator.distributed_type.value))

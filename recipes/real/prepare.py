@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m afterglow.recipes.real.prepare", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="Folder of real data.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder to make.")
-    parser.add_argument("--base_rows", type=int, default=2000, help="Problems of the base model's training.")
+    parser.add_argument("--base_rows", type=int, default=400, help="Problems of the base model's training.")
     values = parser.parse_args(arguments)
     try:
         if not (values.output_dir / "heldout.jsonl").exists():
