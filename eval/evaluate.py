@@ -115,16 +115,16 @@ def run(section: Section, overwrite: bool = False, dry_run: bool = False, opener
         ModelError: the model cannot be read or has no chat template.
         RunFolderError: the folder belongs to another recipe, model or benchmark.
     """
+    if section.values.get("suite") is not None:
+        from .unlearning import run_suite  # needs torch
+
+        return run_suite(section, overwrite, dry_run)
     if section.values.get("samples") is not None:
         return run_scores(section, overwrite, dry_run)
     if section.values.get("checkpoints") is not None:
         from .sweep import run_sweep  # it runs this module for each checkpoint
 
         return run_sweep(section, overwrite, dry_run)
-    if section.values.get("suite") is not None:
-        from .unlearning import run_suite  # needs torch
-
-        return run_suite(section, overwrite, dry_run)
     config, engine = build(section, EvalConfig, EngineConfig)
     return _Evaluation("eval", config, engine, opener).run(overwrite, dry_run)
 

@@ -16,6 +16,7 @@ from ..core.run_folder import write_atomic
 from ..core.trajectory import prompt_text, read_rows
 from .report_results import Run, describe_filter, describe_tasks, describe_training
 from .report_sweep import describe_sweeps
+from .report_unlearning import describe_unlearning, is_suite
 from .sampling import SAMPLES_FILE
 from .scores import SCORES_FILE
 
@@ -38,11 +39,14 @@ def run_report(folder: str | Path) -> Path:
         loader=PackageLoader("afterglow.eval"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    evaluations = [run for run in runs if run.stage == "eval" and (run.path / SCORES_FILE).exists()]
+    evaluations = [
+        run for run in runs if run.stage == "eval" and not is_suite(run) and (run.path / SCORES_FILE).exists()
+    ]
     page = environment.get_template("report.html.jinja").render(
         title=folder.resolve().name,
         when=_date(max(run.manifest["finished"] or run.manifest["started"] for run in runs)),
         tasks=list(describe_tasks(evaluations)),
+        unlearning=describe_unlearning(runs),
         sweeps=list(describe_sweeps(folder)),
         filters=[describe_filter(run) for run in runs if run.stage == "filter" and (run.path / "steps.json").exists()],
         trainings=[describe_training(run) for run in runs if run.stage == "train"],

@@ -157,6 +157,34 @@ def sorted_changes(title: str, changes: Sequence[float]) -> str:
     return _finish(figure, axes, title, legend=False)
 
 
+def bands(
+    title: str, series: Mapping[str, Sequence[tuple[int, float, float, float]]], xlabel: str, ylabel: str
+) -> str:
+    """Draw curves with their intervals over log(1 + x): (x, value, low, high) of each point of each series."""
+    figure, axes = _start(title)
+    ticks: set[int] = set()
+    for colour, (label, points) in zip(_colours(len(series)), series.items(), strict=True):
+        x, value, low, high = (np.array(column) for column in zip(*points, strict=True))
+        ticks |= set(x.tolist())
+        axes.fill_between(np.log1p(x), low, high, color=colour, alpha=0.16, linewidth=0)
+        axes.plot(np.log1p(x), value, color=colour, marker="o", markersize=3.5, label=label)
+    axes.set_xticks([math.log1p(x) for x in sorted(ticks)], [str(x) for x in sorted(ticks)])
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    return _finish(figure, axes, title)
+
+
+def points(
+    title: str, found: Mapping[str, Sequence[tuple[float, float, float]]], xlabel: str, ylabel: str
+) -> str:
+    """Draw two quantities of each run against each other, (value, low, high) each."""
+    figure, axes = _start(title)
+    for colour, (label, (x, y)) in zip(_colours(len(found)), found.items(), strict=True):
+        errors = {f"{axis}err": [[of[0] - of[1]], [of[2] - of[0]]] for axis, of in (("x", x), ("y", y))}
+        axes.errorbar(x[0], y[0], **errors, color=colour, marker="o", markersize=4, linewidth=1.2, label=label)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    return _finish(figure, axes, title)
+
+
 def ledger(title: str, groups: Mapping[str, np.ndarray]) -> str:
     """Draw the loss of samples by epoch: the median of each group, and the middle 80% as a band.
 

@@ -25,7 +25,7 @@ class SuiteConfig:
     """What every suite understands."""
 
     output_dir: str = field(metadata={"help": "Folder of this run."})
-    suite: str = field(metadata={"help": "tofu, muse, wmdp or memorisation."})
+    suite: str = field(metadata={"help": "tofu, muse, wmdp, memorisation or leakage; relearning has keys of its own."})
     columns: dict[str, str] = field(
         default_factory=dict, metadata={"help": "Our column name -> the file's, for every set that has it."}
     )

@@ -11,6 +11,7 @@ and `scores.json`, forgetting and utility side by side.
 
 import json
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from ..core.generation import EngineConfig, read_checkpoint
 from ..core.recipe import Section, build, plain
 from ..core.run_folder import RunFolder, write_atomic
 from ..core.trajectory import content_hash
+from . import path_audit, relearning, tofu_logs
 from .quantisation import quantised_copy
 from .suite_base import NO_MODEL, ROWS_FILE, SCORES_FILE, Measured, RetrainedConfig, Suite, SuiteConfig, read_retrained
+from .suite_leakage import LeakageConfig, LeakageSuite
 from .suite_memorisation import MemorisationConfig, MemorisationSuite
 from .suite_muse import MuseConfig, MuseSuite
 from .suite_tofu import TofuConfig, TofuSuite
@@ -34,28 +37,37 @@ SUITES: dict[str, tuple[type[SuiteConfig], Any]] = {
     "muse": (MuseConfig, MuseSuite),
     "wmdp": (WmdpConfig, WmdpSuite),
     "memorisation": (MemorisationConfig, MemorisationSuite),
+    "leakage": (LeakageConfig, LeakageSuite),
+}
+STUDIES = {  # which do not ask one model once
+    "relearning": (relearning.RelearningConfig, relearning.run),
+    "path_dependence": (path_audit.PathAuditConfig, path_audit.run),
+    "tofu_logs": (tofu_logs.TofuLogsConfig, tofu_logs.run),
 }
 
 
 @dataclass
 class _SuiteName:
-    suite: str = field(metadata={"choices": tuple(SUITES)})
+    suite: str = field(metadata={"choices": (*SUITES, *STUDIES)})
 
 
-def parse_suite(section: Section) -> tuple[Suite, EngineConfig]:
-    """Read a recipe with `suite:`.
+def parse_suite(section: Section) -> Any:
+    """Read a recipe with `suite:` and return what runs it: a function of `overwrite` and `dry_run`.
 
     Raises:
         RecipeError: the suite, a key or a value is wrong.
     """
     (named,) = build(Section({"suite": section.values["suite"]}, section.lines, section.where), _SuiteName)
+    if named.suite in STUDIES:
+        config_class, run = STUDIES[named.suite]
+        return partial(run, *build(section, config_class))
     config_class, suite_class = SUITES[named.suite]
     config, engine = build(section, config_class, EngineConfig)
-    return suite_class(config), engine
+    return _SuiteRun(suite_class(config), engine).run
 
 
 def run_suite(section: Section, overwrite: bool = False, dry_run: bool = False) -> Path:
-    """Evaluate a checkpoint with a suite, or go on where a killed run stopped, and return the run's folder.
+    """Evaluate a checkpoint with a suite, or study several, and return the run's folder; a killed run goes on.
 
     Recipe, sets, the retrained model's run and the chat template are checked before the model is loaded.
 
@@ -65,8 +77,7 @@ def run_suite(section: Section, overwrite: bool = False, dry_run: bool = False) 
         ModelError: the model cannot be read or has no chat template.
         RunFolderError: the folder belongs to another recipe, model or data.
     """
-    suite, engine = parse_suite(section)
-    return _SuiteRun(suite, engine).run(overwrite, dry_run)
+    return parse_suite(section)(overwrite, dry_run)
 
 
 class _SuiteRun:

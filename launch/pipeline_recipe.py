@@ -230,12 +230,12 @@ def parse_recipe(verb: str, section: Section) -> None:
         from ..eval.evaluate import EvalConfig, SampleConfig
         from ..eval.score_samples import ScoreConfig
 
-        if verb == "eval" and "samples" in section.values:
-            build(section, ScoreConfig)
-        elif verb == "eval" and "suite" in section.values:
+        if verb == "eval" and "suite" in section.values:
             from ..eval.unlearning import parse_suite
 
             parse_suite(section)
+        elif verb == "eval" and "samples" in section.values:
+            build(section, ScoreConfig)
         else:
             build(section, EvalConfig if verb == "eval" else SampleConfig, EngineConfig)
 

@@ -9,7 +9,7 @@ from ..core.recipe import Section, find_recipe, read_recipe
 
 # What only the recipe of one verb has, in the order in which it decides.
 DECIDING_KEYS = {
-    "stages": "run", "method": "train", "steps": "filter", "samples": "eval", "suite": "eval", "k": "eval",
+    "stages": "run", "method": "train", "suite": "eval", "steps": "filter", "samples": "eval", "k": "eval",
     "tasks": "sample",
 }  # fmt: skip
 

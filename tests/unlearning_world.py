@@ -47,3 +47,32 @@ def write_recipe(path: Path, **keys) -> Path:
     """Write a recipe; keys that are the string "null" are YAML's null."""
     path.write_text(yaml.safe_dump({k: None if v == "null" else v for k, v in keys.items() if v is not None}))
     return path
+
+
+def curve_rows(name: str, curves: list, steps=(0, 1, 3)) -> list[dict]:
+    """Rows of curves.jsonl of an attack on forget rows: one curve per seed."""
+    return [
+        {"arm": f"{name}/forget/full/{seed}", "step": step, "probability": value}
+        for seed, curve in enumerate(curves)
+        for step, value in zip(steps, curve, strict=True)
+    ]
+
+
+def audit_row(path, order, seed, step, answer, paraphrase, skill, probes=(0.0, 0.0)) -> dict:
+    """One row of an audit."""
+    return {
+        "path": path, "order": order, "method": "npo", "seed": seed, "step": step, "answer": answer,
+        "paraphrase": paraphrase, "forget": [[answer, paraphrase]], "stages": {"skill": skill}, "probes": list(probes),
+    }  # fmt: skip
+
+
+def two_paths() -> list[dict]:
+    """Rows of an audit of two paths: the one forgets four times as fast, and loses some skill."""
+    rows = []
+    for seed in (0, 1):
+        for step in (0, 5, 10):
+            answer, paraphrase = -1 - (0.4 + 0.01 * seed) * step, -2 - 0.3 * step
+            rows.append(audit_row("early", ["forget", "skill"], seed, step, answer, paraphrase, -1 - 0.01 * step))
+            answer, probes = -1 - (0.1 + 0.01 * seed) * step, (0.1 * step, 0.0)
+            rows.append(audit_row("late", ["skill", "forget"], seed, step, answer, -2.0, -1.0, probes))
+    return rows

@@ -153,7 +153,7 @@ def test_hostile_rows_and_recipes_are_refused_before_a_model_is_loaded(recipe, t
         "bad.jsonl:4: `paraphrased_answer` is empty", "bad.jsonl:5: `question` is not there", "columns:",
     ):  # fmt: skip
         assert part in str(caught.value)
-    with pytest.raises(RecipeError, match=r"'tofuu' is none of tofu, muse, wmdp, memorisation; did you mean tofu\?"):
+    with pytest.raises(RecipeError, match=r"'tofuu' is none of tofu, muse, wmdp, .*; did you mean tofu\?"):
         run(read_recipe(recipe(suite="tofuu")))
     with pytest.raises(RecipeError, match=r"unknown key `forgot`. Did you mean `forget`\?"):
         run(read_recipe(recipe(forgot="x")))

@@ -25,8 +25,8 @@ PLACEHOLDERS = ("recipe.yaml", "RECIPE", "PIPELINE", "FOLDER")
 
 def verb_of(values: dict) -> str:
     """Tell what a recipe is for by the key that only it has."""
-    keys = {"stages": "run", "method": "train", "steps": "filter", "samples": "eval", "k": "eval", "tasks": "sample"}
-    return next(verb for key, verb in keys.items() if key in values)
+    keys = {"stages": "run", "method": "train", "suite": "eval", "steps": "filter", "samples": "eval", "k": "eval"}
+    return next(verb for key, verb in (keys | {"tasks": "sample"}).items() if key in values)
 
 
 def commands() -> list[tuple[str, str]]:

@@ -1,0 +1,73 @@
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from unlearning_world import curve_rows, two_paths
+
+from afterglow.core.run_folder import RunFolder
+from afterglow.eval.path_dependence import audit
+from afterglow.eval.relearning import relearning_scores
+from afterglow.eval.report import run_report
+
+
+def write_run(path, suite, scores, **files):
+    """A finished run of a suite."""
+    with RunFolder.open(path, "eval", {"output_dir": str(path)}, extra={"suite": suite}) as run:
+        for name, content in files.items():
+            rows = (
+                "".join(json.dumps(row) + "\n" for row in content) if isinstance(content, list) else json.dumps(content)
+            )
+            (path / (f"{name}.jsonl" if isinstance(content, list) else f"{name}.json")).write_text(rows)
+        (path / "scores.json").write_text(json.dumps({suite: scores}))
+        run.finish({suite: scores})
+
+
+def interval(value, half=0.01):
+    return {"value": value, "low": value - half, "high": value + half, "method": "x"}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    for name, utility, forget in (("eval-<full>", 0.61, 0.93), ("eval-npo", 0.55, 0.0004)):
+        scores = {
+            "forget_probability": interval(forget),
+            "model_utility": interval(utility),
+            "mia_loss_auc": interval(0.7),
+        }
+        scores["forget_quality"] = {"value": 2.2e-16, "low": 2.2e-16, "high": 2.2e-16}
+        write_run(root / name, "tofu", scores | {"n": {"forget": 3}})
+    rows = [{"arm": "original", "step": 0, "probability": 0.9}]
+    rows += curve_rows("unlearned", [[0.1, 0.5, 0.9], [0.1, 0.5, 0.5]]) + curve_rows("retrained", [[0.1, 0.1, 0.3]] * 2)
+    for name in ("relearn-npo", "relearn-ga"):
+        write_run(root / name, "relearning", relearning_scores(rows, [0, 1, 3], "probability"), curves=rows)
+    write_run(root / "audit", "path_dependence", {}, audit=audit(two_paths(), "forget", 1.0))
+    return run_report(root).read_text()
+
+
+def test_utility_and_forgetting_side_by_side(page):
+    said = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    assert 'colspan="1">utility</th>' in page and 'colspan="2">forgetting</th>' in page
+    assert "eval-&lt;full&gt;" in page and "0.610 [0.600, 0.620]" in said and "2.2e-16" in said
+    assert "4.0e-04" in said, "a small probability is not rounded to zero"
+    assert "mia loss auc" in said, "the scores that the table has no room for"
+    assert '<h2 id="scores">' not in page, "these are no scores of samples"
+
+
+def test_relearning_is_drawn_beside_one_control(page):
+    (svg,) = (
+        svg for svg in re.findall(r"<svg .*?</svg>", page, re.DOTALL) if 'aria-label="relearning, forget, full"' in svg
+    )
+    ElementTree.fromstring(svg)
+    assert svg.count(">retrained<") == 1, "the same control of two runs is one curve"
+    assert ">relearn-npo<" in svg and ">relearn-ga<" in svg
+    said = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    assert "never, never" in said and "0.750" in said
+
+
+def test_the_audit(page):
+    said = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    assert "Path dependence, audit: npo" in said and "early" in said and "superficial" in said
+    assert re.search(r"forget score 3\.000 \(F = ", said)
+    assert 'aria-label="how far paths are apart"' in page
