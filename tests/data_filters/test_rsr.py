@@ -198,9 +198,8 @@ def test_only_what_the_model_wrote_is_scored_in_a_row_with_tools(tiny_folder, tm
     table = Dataset.from_list([row("short", "42\n"), row("long", "42 " * 50)], on_mixed_types="use_json")
     scores = apply(table, config(tiny_folder, select="none"), seed=0, cache_folder=tmp_path).scores
     call_text = '<tool_call>\n{"name": "python", "arguments": {"code": "6*7"}}\n</tool_call>'
-    written = len(
-        tiny_tokenizer()(f"{call_text}It is 42.")["input_ids"]
-    )  # Qwen3's template forgets the earlier thought
+    thought = "<think>\nlong\n</think>\n\n"
+    written = len(tiny_tokenizer()(f"{thought}{call_text}It is 42.")["input_ids"])
     assert scores["rsr_tokens"] == [written, written]
     assert scores["rsr"][0] != scores["rsr"][1]
 
