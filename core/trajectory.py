@@ -61,6 +61,10 @@ class DataConfig:
     problem_columns: dict[str, str] = field(
         default_factory=dict, metadata={"help": "Like `columns`, for the file of problems."}
     )
+    answer_after: str | None = field(
+        default=None,
+        metadata={"help": "The gold answer is what follows the last of these marks in its column (GSM8K: '####')."},
+    )
     prompt_template: str = field(
         default="{problem}",
         metadata={"help": "Wraps a prompt that is a plain string; must contain {problem}."},
@@ -223,9 +227,8 @@ def normalise_row(row: dict, config: DataConfig) -> dict:
     answer = row.get("answer")
     if isinstance(answer, list):  # several answers, all needed (OlympiadBench)
         answer = ", ".join(map(str, answer))
-    if isinstance(answer, list):  # several answers to one problem, as OlympiadBench has them
-        answer = ", ".join(map(str, answer))
-    row["answer"] = answer if answer is None or isinstance(answer, str) else str(answer)
+    answer = answer if answer is None or isinstance(answer, str) else str(answer)
+    row["answer"] = answer.rpartition(config.answer_after)[2].strip() if answer and config.answer_after else answer
     problem_id = row.get("problem_id")
     row["problem_id"] = str(problem_id) if problem_id is not None else content_hash(row["prompt"])
     for name in ("source", "sample_index", "correct", "finish_reason"):

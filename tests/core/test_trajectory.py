@@ -41,6 +41,12 @@ def test_a_list_of_answers_becomes_one_text(tmp_path):
     assert table[0]["answer"] == "1, 2"
 
 
+def test_gold_behind_a_mark(tmp_path):
+    rows = [ROW | {"answer": "2 + 2 = 4\n#### 4 "}, ROW | {"answer": "5", "problem_id": "q"}]
+    table = load_trajectories(DataConfig(data=write(tmp_path / "a.jsonl", rows), answer_after="####"))
+    assert table["answer"][:] == ["4", "5"]
+
+
 def test_repeated_samples_get_an_index_and_so_different_ids(tmp_path):
     table = load_trajectories(DataConfig(data=write(tmp_path / "a.jsonl", [ROW, ROW])))
     assert table["sample_index"] == [0, 1]
