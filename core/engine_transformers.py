@@ -25,14 +25,12 @@ from transformers.utils import logging
 
 from .errors import GenerationError, ModelError, RecipeError
 from .generation import (
-    BatchStream,
     Checkpoint,
     Completion,
     Engine,
     EngineConfig,
     Request,
     SamplingConfig,
-    Stream,
     check_requests,
     first_stop,
     make_completion,
@@ -103,10 +101,6 @@ class TransformersEngine(Engine):
         self._check_open()
         check_requests(requests, self.max_context, self._checkpoint.config.vocab_size)
         return self._stream(requests)
-
-    def open_stream(self) -> Stream:
-        """See `Engine.open_stream`: what was submitted goes batch by batch."""
-        return BatchStream(self, self._rows)
 
     def _stream(self, requests: Sequence[Request]) -> Iterator[Completion]:
         ordered = sorted(requests, key=lambda request: (_filters(request.sampling), len(request.prompt_ids)))

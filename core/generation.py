@@ -15,7 +15,7 @@ The same `Request` goes into each engine and the same `Completion` comes out:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
@@ -230,7 +230,7 @@ class Stream(ABC):
         """Add a request.
 
         Raises:
-            GenerationError: it does not fit the context, or its key is still running.
+            GenerationError: it does not fit the context (some engines say so at the next poll), or its key is running.
         """
 
     @abstractmethod
@@ -253,39 +253,40 @@ class Stream(ABC):
 
 
 class BatchStream(Stream):
-    """A stream over an engine that knows batches only: each poll generates what has been submitted, as one batch.
+    """A stream over an engine that knows `generate` only: what is submitted meanwhile goes with the next call."""
 
-    Args:
-        engine: it generates.
-        rows: largest batch; default: whatever is there.
-    """
-
-    def __init__(self, engine: Engine, rows: int | None = None):
-        self._engine, self._rows = engine, rows
+    def __init__(self, engine: Engine):
+        self._engine = engine
         self._waiting: dict[str, Request] = {}
+        self._running: dict[str, Request] = {}
+        self._completions: Iterator[Completion] = iter(())
 
     @property
     def running(self) -> int:
         """See `Stream.running`."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._running)
 
     def submit(self, request: Request) -> None:
         """See `Stream.submit`."""
-        if request.key in self._waiting:
+        if request.key in self._waiting or request.key in self._running:
             raise GenerationError(f"request {request.key!r} stands twice: every sample needs its own key.")
         self._waiting[request.key] = request
 
     def poll(self) -> list[Completion]:
         """See `Stream.poll`."""
-        batch = list(self._waiting.values())[: self._rows]
-        found = list(self._engine.generate(batch)) if batch else []
-        for request in batch:
-            del self._waiting[request.key]
+        if not self._running and self._waiting:
+            self._running, self._waiting = self._waiting, {}
+            self._completions = self._engine.generate(list(self._running.values()))
+        found = [completion] if (completion := next(self._completions, None)) else []
+        for completion in found:
+            del self._running[completion.key]
         return found
 
     def close(self) -> None:
         """See `Stream.close`."""
-        self._waiting = {}
+        if isinstance(self._completions, Generator):
+            self._completions.close()
+        self._waiting, self._running, self._completions = {}, {}, iter(())
 
 
 def open_engine(config: EngineConfig) -> Engine:

@@ -6,33 +6,41 @@
 writes `samples.jsonl` (one trajectory per sample: filters read it), `problems.jsonl` (counts per problem, from which
 every other k, interval and paired comparison follows) and `scores.json`.
 
+With `tools: [none, python]` every task is asked twice, as text and with Python in a sandbox; the second has the name
+`math500+python` and says beside its scores how often, how early and how well the model called.
+
 With `samples: file.jsonl` nothing is generated: samples that exist are scored (`score_samples`). With `suite: tofu` and
 its like a model is asked what it should have forgotten (`unlearning`). With `checkpoints:` in place of `model` every
 checkpoint of a training is evaluated (`sweep`).
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from ..core.answer_extraction import Extract
 from ..core.errors import RecipeError
-from ..core.generation import Engine, EngineConfig, encode_prompt, open_engine, read_checkpoint
+from ..core.generation import Engine, EngineConfig, open_engine, read_checkpoint
 from ..core.grading import Grader, Kind
 from ..core.recipe import Section, build, plain
+from ..core.rollout import RolloutConfig
 from ..core.run_folder import RunFolder
+from ..core.sandbox import Sandbox, SandboxConfig, open_sandbox
+from ..core.tool_protocol import ToolProtocol, open_protocol
 from ..core.trajectory import content_hash
 from .pass_at_k import check_k
 from .sampling import (
     SAMPLES_FILE,
     Job,
+    Mode,
     Prompts,
     Sampler,
     encode_prompts,
+    label_of,
     plan,
     put_in_order,
     read_rows_of,
@@ -42,6 +50,9 @@ from .sampling import (
 from .score_samples import run_scores
 from .scores import default_k, group_samples, read_scores, same_mathematics, score, show_scores, write_scores
 from .tasks import SAMPLING_KEYS, Problem, Task, load_tasks
+from .tool_use import tool_use
+
+IN_FLIGHT = 256  # rollouts with a tool at once, where the recipe's max_num_seqs does not say
 
 Opener = Callable[[EngineConfig], AbstractContextManager[Engine]]
 
@@ -53,6 +64,10 @@ class SampleConfig:
     output_dir: str = field(metadata={"help": "Folder of this run."})
     tasks: list[str] = field(metadata={"help": "Benchmarks of the package, task files (.yaml), files of problems."})
     n: int | None = field(default=None, metadata={"help": "Samples per problem."})
+    tools: list[Literal["none", "python"]] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "`none`: text only; `python`: the model may call Python; both: every task in both modes."},
+    )
     seed: int = field(default=0, metadata={"help": "Decides every sample, each by its own seed made from this one."})
     columns: dict[str, str] = field(
         default_factory=dict, metadata={"help": "prompt, answer, problem_id -> the column's name in the problems file."}
@@ -70,6 +85,10 @@ class SampleConfig:
     stop: list[str] | None = field(default=None, metadata={"help": "Strings that end a completion."})
     max_problems: int | None = field(default=None, metadata={"help": "First problems of each task: for smoke runs."})
     logprobs: bool = field(default=False, metadata={"help": "Write the mean log-probability of each sample."})
+
+    def __post_init__(self):
+        if not self.tools or len(set(self.tools)) < len(self.tools):
+            raise RecipeError(f"tools is {self.tools}: use none, python, or [none, python]")
 
     def task_changes(self) -> dict[str, Any]:
         """Return the keys of a task that this recipe sets."""
@@ -90,6 +109,7 @@ class EvalConfig(SampleConfig):
     workers: int = field(default=2, metadata={"help": "Answers graded at once, each in a process of its own."})
 
     def __post_init__(self):
+        super().__post_init__()
         if self.workers < 1:
             raise RecipeError(f"workers is {self.workers}: use at least 1")
 
@@ -125,21 +145,32 @@ def run(section: Section, overwrite: bool = False, dry_run: bool = False, opener
         from .sweep import run_sweep  # it runs this module for each checkpoint
 
         return run_sweep(section, overwrite, dry_run)
-    config, engine = build(section, EvalConfig, EngineConfig)
-    return _Evaluation("eval", config, engine, opener).run(overwrite, dry_run)
+    return _Evaluation("eval", *build(section, EvalConfig, *STAGE_CONFIGS), opener).run(overwrite, dry_run)
 
 
 def run_sample(section: Section, overwrite: bool = False, dry_run: bool = False) -> Path:
     """Draw samples as `run` does, without grading or scoring them; gold answers may be missing."""
-    config, engine = build(section, SampleConfig, EngineConfig)
-    return _Evaluation("sample", config, engine).run(overwrite, dry_run)
+    return _Evaluation("sample", *build(section, SampleConfig, *STAGE_CONFIGS)).run(overwrite, dry_run)
+
+
+STAGE_CONFIGS = (EngineConfig, RolloutConfig, SandboxConfig)
 
 
 class _Evaluation:
     """One run of `eval` or `sample`."""
 
-    def __init__(self, stage: str, config: SampleConfig, engine: EngineConfig, opener: Opener | None = None):
+    def __init__(
+        self,
+        stage: str,
+        config: SampleConfig,
+        engine: EngineConfig,
+        rollouts: RolloutConfig,
+        sandbox: SandboxConfig,
+        opener: Opener | None = None,
+    ):
         self.stage, self.config, self.engine = stage, config, engine
+        self.rollouts, self.sandbox = rollouts, sandbox
+        self.modes: list[Mode] = [*config.tools]
         self.open_engine = opener or open_engine
         self.path = Path(config.output_dir)
         self.tasks, self.sources = load_tasks(config.tasks, config.task_changes())
@@ -159,26 +190,56 @@ class _Evaluation:
                     self._show()
                     return self.path
         problems = {task.name: self._load(task) for task in self.tasks}
-        tokenizer = read_checkpoint(self.engine.model).tokenizer
-        prompts = encode_prompts(tokenizer, problems, self.config.chat_template_kwargs)
-        # Only now: a recipe that is mended after an error meets no folder of its broken self.
-        with self._open(overwrite, chat_template=content_hash(tokenizer.chat_template)) as folder:
-            folder.finish(self._fill(folder, plan(self.tasks, problems), prompts))
+        protocols = self._protocols()
+        prompts = encode_prompts(protocols, problems)
+        chat_template = content_hash(protocols[self.modes[0]].tokenizer.chat_template)
+        jobs = plan(self.tasks, problems, self.modes)
+        # The folder comes last: a recipe that is mended after an error meets no folder of its broken self.
+        with self._open_sandbox() as sandbox, self._open(overwrite, chat_template=chat_template) as folder:
+            folder.finish(self._fill(folder, jobs, prompts, protocols, sandbox))
         self._show()
         return self.path
 
-    def _fill(self, folder: RunFolder, jobs: list[Job], prompts: Prompts) -> dict[str, Any]:
+    def _protocols(self) -> dict[Mode, ToolProtocol]:
+        """Return how each mode asks. The chat template must be able to render it."""
+        checkpoint = read_checkpoint(self.engine.model)
+        names = {"none": None, "python": self.rollouts.tool_protocol}
+        kwargs = self.config.chat_template_kwargs
+        return {
+            mode: open_protocol(names[mode], checkpoint.tokenizer, checkpoint.stop_ids, kwargs) for mode in self.modes
+        }
+
+    def _open_sandbox(self) -> AbstractContextManager[Sandbox | None]:
+        """Start the sandbox, if a mode needs it: a machine that cannot isolate is refused before a model is loaded."""
+        return open_sandbox(self.sandbox) if "python" in self.modes else nullcontext()
+
+    def _fill(
+        self,
+        folder: RunFolder,
+        jobs: list[Job],
+        prompts: Prompts,
+        protocols: dict[Mode, ToolProtocol],
+        sandbox: Sandbox | None,
+    ) -> dict[str, Any]:
         """Draw what is missing, and score it; returns the summary of the run."""
         config = self.config
         with ExitStack() as stack:
             graders = {}
             if isinstance(config, EvalConfig):
                 graders = {t.name: stack.enter_context(t.open_grader(config.workers)) for t in self.tasks}
-            self._draw(folder, jobs, prompts, graders)
+            sampler = Sampler(
+                folder.log(SAMPLES_FILE), self.engine.model, config.seed, config.logprobs, graders, protocols,
+                self.rollouts, self.engine.max_num_seqs or IN_FLIGHT,
+            )  # fmt: skip
+            self._draw(sampler, jobs, prompts, sandbox)
             return self._score(config, graders) if isinstance(config, EvalConfig) else {"samples": len(jobs)}
 
     def _resolved(self) -> dict[str, Any]:
-        return plain(self.config) | plain(self.engine)
+        """Return the recipe with its defaults, without those of what it does not use."""
+        resolved = plain(self.config) | plain(self.engine)
+        if "python" in self.modes:
+            return resolved | plain(self.rollouts) | plain(self.sandbox)
+        return resolved | (plain(self.rollouts) if self.rollouts.think_tokens else {})
 
     def _inputs(self) -> dict[str, str | list[str]]:
         return {f"task {name}": files for name, files in self.sources.items()} | {"model": self.engine.model}
@@ -196,25 +257,26 @@ class _Evaluation:
     def _load(self, task: Task) -> list[Problem]:
         return task.load_problems(self.config.max_problems, graded=isinstance(self.config, EvalConfig))
 
-    def _draw(self, folder: RunFolder, jobs: list[Job], prompts: Prompts, graders: dict[str, Grader]) -> None:
-        log = folder.log(SAMPLES_FILE)
-        done = rows_done(log, jobs)
+    def _draw(self, sampler: Sampler, jobs: list[Job], prompts: Prompts, sandbox: Sandbox | None) -> None:
+        done = rows_done(sampler.log, jobs)
         if todo := [job for job in jobs if job.key not in done]:
-            sampler = Sampler(log, self.engine.model, self.config.seed, self.config.logprobs, graders)
             with self.open_engine(self.engine) as engine:
-                sampler.draw(engine, todo, prompts)
-        log.close()
-        put_in_order(folder.path / SAMPLES_FILE, {job.key: place for place, job in enumerate(jobs)}, row_key)
+                sampler.draw(engine, todo, prompts, sandbox)
+        sampler.log.close()
+        put_in_order(self.path / SAMPLES_FILE, {job.key: place for place, job in enumerate(jobs)}, row_key)
 
     def _score(self, config: EvalConfig, graders: dict[str, Grader]) -> dict[str, Any]:
         samples = group_samples(read_rows_of(self.path / SAMPLES_FILE), "task")
         scores, rows = {}, []
-        for task in self.tasks:
+        calls = tool_use(read_rows_of(self.path / SAMPLES_FILE))
+        for task, mode in ((task, mode) for task in self.tasks for mode in self.modes):
+            label, k = label_of(task.name, mode), config.k or default_k(task.n)
             equal = same_mathematics(graders[task.name])
-            k = config.k or default_k(task.n)
-            scores[task.name], counts = score(samples[task.name], task.n, k, task.name, equal, config.workers)
-            scores[task.name]["version"] = task.version
-            rows += [{"task": task.name, **row} for row in counts]
+            scores[label], counts = score(samples[label], task.n, k, label, equal, config.workers)
+            scores[label]["version"] = task.version
+            if label in calls:
+                scores[label]["tools"] = calls[label]
+            rows += [{"task": label, **row} for row in counts]
         write_scores(self.path, scores, rows)
         return scores
 
@@ -237,14 +299,17 @@ class _Evaluation:
             sizes = ["on the hub, not read", str(task.n), "", f"{task.max_tokens:,} per sample"]
             if Path(task.data).exists():
                 problems = self._load(task)
-                samples = len(problems) * task.n
+                samples = len(problems) * task.n * len(self.modes)
                 sizes = [f"{len(problems):,}", str(task.n), f"{samples:,}", f"{samples * task.max_tokens:,}"]
                 first = first or problems[0]
             table.add_row(task.name, str(task.version), *sizes)
         console.print(table)
         if first and Path(self.engine.model).exists():
-            tokenizer = read_checkpoint(self.engine.model).tokenizer
-            ids = encode_prompt(tokenizer, first.prompt, chat_template_kwargs=self.config.chat_template_kwargs)
-            text = str(tokenizer.decode(ids))
-            console.print(Panel(escape(text), title=f"first prompt ({len(ids)} tokens), problem {first.problem_id}"))
+            for mode, protocol in self._protocols().items():
+                ids = protocol.encode(first.prompt)
+                title = f"first prompt ({len(ids)} tokens, tools: {mode}), problem {first.problem_id}"
+                console.print(Panel(escape(protocol.decode(ids)), title=title))
+        with self._open_sandbox() as sandbox:
+            if sandbox:
+                console.print(Panel(escape(sandbox.describe()), title="sandbox"))
         console.print("Nothing was written.")
