@@ -1,13 +1,16 @@
 """What the report says of unlearning: utility and forgetting side by side, relearning curves, the path audit."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from . import report_figures as figures
 from .path_audit import AUDIT_FILE
-from .relearning import CURVES_FILE, RETRAINED, UNLEARNED, curve_points
+from .relearning import CURVES_FILE, UNLEARNED
+from .relearning_curve import RETRAINED, curve_points
 from .report_results import Run
 from .scores import SCORES_FILE
+from .uncertainty import mean_over_seeds
 
 SHOWN = {  # of suites with more scores than a table has room for
     "tofu": (
@@ -17,6 +20,7 @@ SHOWN = {  # of suites with more scores than a table has room for
 }  # fmt: skip
 UTILITY = ("model_utility", "retain", "real_authors", "world_facts")
 AGAINST = ("model_utility", "forget_probability")  # axes of the figure of both
+OF_SEED = re.compile(r"(.+)-\d+")  # npo-0, npo-1, ...: a pipeline's stage with `each_seed`
 
 
 def is_suite(run: Run) -> bool:
@@ -46,21 +50,41 @@ def _suite(name: str, runs: Sequence[tuple[Run, Mapping[str, Any]]]) -> dict[str
     shown.sort(key=lambda metric: not metric.startswith(UTILITY))
     utilities = sum(metric.startswith(UTILITY) for metric in shown)
     drawn = []
+    merged = merge_seeds([(run.name, scores) for run, scores in runs])
     if all(metric in shown for metric in AGAINST):
-        points = {run.name: tuple(_ends(scores[metric]) for metric in AGAINST) for run, scores in runs}
+        points = {run: tuple(_ends(scores[metric]) for metric in AGAINST) for run, scores in merged}
         labels = [metric.replace("_", " ") for metric in AGAINST]
         drawn.append(figures.points("utility and forgetting", points, *labels))
     return {
         "name": name,
         "groups": [pair for pair in (("utility", utilities), ("forgetting", len(shown) - utilities)) if pair[1]],
         "metrics": [metric.replace("_", " ") for metric in shown],
-        "runs": [{"name": run.name, "cells": [_cell(scores.get(metric)) for metric in shown]} for run, scores in runs],
+        "runs": [{"name": run, "cells": [_cell(scores.get(metric)) for metric in shown]} for run, scores in merged],
+        "seeds": len(merged) < len(runs),
+        "all_runs": [run.name for run, _ in runs],
         "all": [
             {"name": metric.replace("_", " "), "cells": [_cell(scores.get(metric)) for _, scores in runs]}
             for metric in everything
         ],
         "figures": drawn,
     }  # fmt: skip
+
+
+def merge_seeds(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Make one of the runs that differ in their seed only: means over the seeds of every score, with that interval."""
+    groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for name, scores in runs:
+        match = OF_SEED.fullmatch(name)
+        groups.setdefault(match[1] if match else name, []).append((name, scores))
+    merged: list[tuple[str, Mapping[str, Any]]] = []
+    for group, of in groups.items():
+        if len(of) == 1:
+            merged += of
+            continue
+        shared = [metric for metric, found in of[0][1].items() if all(_is_score(s.get(metric)) for _, s in of)]
+        means = {metric: vars(mean_over_seeds([scores[metric]["value"] for _, scores in of])) for metric in shared}
+        merged.append((f"{group}, {len(of)} seeds", means))
+    return merged
 
 
 def _is_score(found: Any) -> bool:

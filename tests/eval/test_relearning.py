@@ -9,8 +9,14 @@ from afterglow.core.errors import DataError, RecipeError
 from afterglow.core.recipe import read_recipe
 from afterglow.eval import relearning
 from afterglow.eval.evaluate import run
-from afterglow.eval.relearning import curve_points, relearning_scores
-from afterglow.eval.relearning_curve import area_over_log_steps, recovery, robustness, steps_to_reach
+from afterglow.eval.relearning_curve import (
+    area_over_log_steps,
+    curve_points,
+    recovery,
+    relearning_scores,
+    robustness,
+    steps_to_reach,
+)
 
 
 def test_recovery_by_hand():

@@ -7,8 +7,9 @@ from unlearning_world import curve_rows, two_paths
 
 from afterglow.core.run_folder import RunFolder
 from afterglow.eval.path_dependence import audit
-from afterglow.eval.relearning import relearning_scores
+from afterglow.eval.relearning_curve import relearning_scores
 from afterglow.eval.report import run_report
+from afterglow.eval.report_unlearning import merge_seeds
 
 
 def write_run(path, suite, scores, **files):
@@ -71,3 +72,17 @@ def test_the_audit(page):
     assert "Path dependence, audit: npo" in said and "early" in said and "superficial" in said
     assert re.search(r"forget score 3\.000 \(F = ", said)
     assert 'aria-label="how far paths are apart"' in page
+
+
+def test_runs_of_several_seeds_are_one_row():
+    runs = [(f"eval-npo-{seed}", {"model_utility": interval(value), "n": {"forget": 3}, "privleak": interval(0.0)})
+            for seed, value in ((0, 0.4), (1, 0.6))]  # fmt: skip
+    del runs[1][1]["privleak"]
+    runs.insert(1, ("eval-full", {"model_utility": interval(0.7)}))
+    (npo, means), full = merge_seeds(runs)
+    assert npo == "eval-npo, 2 seeds" and full == runs[1]
+    assert list(means) == ["model_utility"], "a score that one of them lacks has no mean"
+    assert [means["model_utility"][end] for end in ("value", "low", "high")] == pytest.approx(
+        [0.5, 0.5 - 1.2706, 0.5 + 1.2706], abs=1e-3
+    )
+    assert merge_seeds(runs[:1]) == runs[:1], "one seed is itself"
