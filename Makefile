@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help install test test-slow test-gpu lint types wheel demo demo-controls real bench lock clean
+.PHONY: help install test test-slow test-gpu lint types wheel demo demo-controls demo-tools demo-forget real bench lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,12 @@ demo: install ## filter -> GLOW -> vLLM evaluation of a model made on the spot; 
 
 demo-controls: install ## the demo's GLOW against plain SFT, positives only and constant 0.5, three seeds each
 	$(BIN)/afterglow run demo/controls.yaml
+
+demo-tools: install ## world -> SFT with tools -> RLVR with a Python tool, both modes; ends in runs/demo-tools/summary.json
+	$(BIN)/afterglow run demo_tools/pipeline.yaml
+
+demo-forget: install ## facts learned, a tenth forgotten by four methods, three seeds, attacked by relearning; ends in runs/demo-forget/summary.json
+	$(BIN)/afterglow run demo_forget/pipeline.yaml
 
 real: install ## grade -> RSR -> branching -> GLOW -> pass@k on real GSM8K trajectories; needs AFTERGLOW_DATA
 	$(BIN)/afterglow run real/pipeline.yaml

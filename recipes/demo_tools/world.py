@@ -23,8 +23,8 @@ class WorldConfig:
     """Size of the world. A problem of one set is in no other set."""
 
     seed: int = field(default=0, metadata={"help": "Decides every file."})
-    base_small: int = field(default=4000, metadata={"help": "Small problems of the base model's training."})
-    base_large: int = field(default=1000, metadata={"help": "Large ones, which it cannot learn to solve."})
+    base_small: int = field(default=3500, metadata={"help": "Small problems of the base model's training."})
+    base_large: int = field(default=1500, metadata={"help": "Large ones, which it cannot learn to solve."})
     tools_large: int = field(default=800, metadata={"help": "Large problems that teachers solve with tools offered."})
     tools_small: int = field(default=200, metadata={"help": "Small ones with tools offered, mostly not used."})
     text_small: int = field(default=1000, metadata={"help": "Small problems solved without tools."})
