@@ -1,7 +1,7 @@
 """`suite: path_dependence`: unlearn several models that learned the same in other orders, and compare where they end.
 
     suite: path_dependence                output_dir: runs/audit
-    forget: forget_perturbed.jsonl        stages: {math: math.jsonl, facts: retain.jsonl}
+    forget: forget_perturbed.jsonl        probes: {math: math.jsonl, facts: retain.jsonl}
     paths:
       - {order: [forget, facts, math], method: npo, seed: 0, start: runs/p1, run: runs/p1-npo-0}
       - {order: [facts, math, forget], method: npo, seed: 0, start: runs/p2, run: runs/p2-npo-0}
@@ -65,7 +65,7 @@ class PathAuditConfig:
     forget: str = field(
         metadata={"help": f"Forget set: question, answer, and paraphrased_answer (one or several). {SPEC_HELP}"}
     )
-    stages: dict[str, str] = field(
+    probes: dict[str, str] = field(
         default_factory=dict, metadata={"help": "Name of another stage -> questions and answers that it taught."}
     )
     columns: dict[str, str] = field(default_factory=dict, metadata={"help": "Our column name -> the file's."})
@@ -111,7 +111,7 @@ def run(config: PathAuditConfig, overwrite: bool = False, dry_run: bool = False)
     check_same_training(config.entries)
     probes = list(_probes(config))
     sets = _read(config)
-    inputs: dict[str, str | list[str]] = {"forget": config.forget, **config.stages}
+    inputs: dict[str, str | list[str]] = {"forget": config.forget, **config.probes}
     if dry_run:
         print(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
         print(f"{len(probes)} checkpoints, {sum(map(len, sets.values())):,} questions each. Nothing was written.")
@@ -134,7 +134,7 @@ def run(config: PathAuditConfig, overwrite: bool = False, dry_run: bool = False)
 
 
 def _read(config: PathAuditConfig) -> dict[str, list[dict[str, Any]]]:
-    specs = {"forget": config.forget, **config.stages}
+    specs = {"forget": config.forget, **config.probes}
     return {
         name: read_set(spec, name, ("question", "answer"), config.columns, config.max_rows)
         for name, spec in specs.items()

@@ -141,7 +141,7 @@ def recipe(tmp_path, trainings):
     def write(name="audit", **changes):
         keys = {
             "suite": "path_dependence", "output_dir": str(tmp_path / name), "paths": trainings, "target": 0.01,
-            "forget": str(tmp_path / "forget.jsonl"), "stages": {"skill": str(tmp_path / "skill.jsonl")},
+            "forget": str(tmp_path / "forget.jsonl"), "probes": {"skill": str(tmp_path / "skill.jsonl")},
         }  # fmt: skip
         return write_recipe(tmp_path / f"{name}.yaml", **(keys | changes))
 
