@@ -4,9 +4,11 @@ The script decides by the seed of a rollout how often it calls, whether a call f
 Behind it the real model may generate too (its tokens are thrown away), so that sharded models join their collectives.
 """
 
-import random
 import re
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from datasets import Dataset
@@ -17,6 +19,7 @@ from afterglow.trainers.tool_rlvr import ToolRLVRTrainer
 from afterglow.trainers.tool_rlvr_config import ToolRLVRConfig
 
 TOKENIZER = tiny_tokenizer()
+CHECKPOINT: Any = SimpleNamespace(tokenizer=TOKENIZER, stop_ids=frozenset({TOKENIZER.eos_token_id}))
 LEFT = re.compile(r"# (\d+) left, then (\S+)")
 
 
@@ -37,14 +40,14 @@ def product(text: str) -> int:
 class ScriptedTurns:
     """Replies by script. `rounds(seed)` is the number of calls of a rollout, `right(seed)` whether it ends well."""
 
-    def __init__(self, engine: Any = None, rounds=lambda seed: seed % 3, right=lambda seed: seed % 5 < 2):
-        self.engine, self.rounds, self.right = engine, rounds, right
+    def __init__(
+        self, engine: Any = None, rounds=lambda seed: seed % 3, right=lambda seed: seed % 5 < 2, thinks: bool = False
+    ):
+        self.engine, self.rounds, self.right, self.thinks = engine, rounds, right, thinks
         self.max_context = 1024
         self.batches: list[int] = []
 
     def opened(self):
-        from contextlib import nullcontext
-
         return self.engine.opened() if self.engine else nullcontext()
 
     def __call__(self, requests):
@@ -55,8 +58,6 @@ class ScriptedTurns:
 
     @staticmethod
     def _short(request):
-        from dataclasses import replace
-
         return replace(request, sampling=replace(request.sampling, max_tokens=1 + request.seed % 4))
 
     def _reply(self, request):
@@ -67,18 +68,17 @@ class ScriptedTurns:
         else:
             left = self.rounds(request.seed)
             answer = str(product(said) + (0 if self.right(request.seed) else 1 + request.seed % 3))
-        if left:
+        if self.thinks and "<think>" not in said:
+            text = "<think>\n" + "hm " * 200
+        elif left:
             code = f"# {left - 1} left, then {answer}\n" + ("1/0" if request.seed % 7 == 0 else "6*7")
             text = f"Let me see.\n```python\n{code}\n```\n"
         else:
             text = rf"It is \boxed{{{answer}}}."
         ids = TOKENIZER.encode(text, add_special_tokens=False) + ([] if left else [TOKENIZER.eos_token_id])
-        ids = ids[: request.sampling.max_tokens]
-
-        class Checkpoint:
-            tokenizer, stop_ids = TOKENIZER, frozenset({TOKENIZER.eos_token_id})
-
-        return make_completion(request, Checkpoint, ids, True, [-1.0] * len(ids) if request.logprobs else None)
+        most = request.sampling.max_tokens
+        logprobs = [-1.0] * len(ids[:most]) if request.logprobs else None
+        return make_completion(request, CHECKPOINT, ids[:most], len(ids) <= most, logprobs)
 
 
 def settings(output_dir: Path, **changes) -> dict:
