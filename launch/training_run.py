@@ -254,11 +254,13 @@ def _save_model(trainer: Any, training: Training, folder: Path) -> None:
 
 def _summary(trainer: Any, metrics: dict[str, float], rows: int) -> dict[str, Any]:
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    selected = trainer.state.best_model_checkpoint  # by held-out problems; the model is that one's
     return {
         "rows": rows,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "loss": losses[-1]["loss"] if losses else None,
+        **({"selected": Path(selected).name} if selected else {}),
         "processes": trainer.args.world_size,
         "seconds": round(metrics["train_runtime"], 1),  # of this start; an interrupted run took longer
     }

@@ -203,6 +203,21 @@ def test_a_run_is_spread_otherwise_only_where_the_result_is_the_same(tmp_path, t
             check_spread(training(**changes), spread | before)
 
 
+def test_the_model_that_remains_is_the_selected_checkpoint(tmp_path, tiny_folder):
+    problems = write_rows(
+        tmp_path / "problems.jsonl", [{"problem_id": f"p{i}", "prompt": f"{i}?", "answer": "2"} for i in range(2)]
+    )
+    heldout = {"heldout_problems": str(problems), "heldout_samples": 2, "heldout_k": 1, "heldout_max_tokens": 4}
+    folder = train(training_recipe(tmp_path, tiny_folder, **heldout))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    selected = manifest["summary"]["selected"]
+    assert selected == "checkpoint-4", "of equally bad and equally long ones, the first"
+    assert same(weights(folder), weights(folder / selected))
+    assert not same(weights(folder), weights(folder / "checkpoint-15"))
+    assert [row["step"] for row in read_jsonl(folder / "heldout.jsonl")] == [4, 8, 12, 15]
+    assert manifest["inputs"]["heldout_problems"] == str(problems)
+
+
 def test_lora_leaves_a_merged_model_and_its_adapter(tmp_path, tiny_folder):
     from transformers import AutoModelForCausalLM
 

@@ -261,7 +261,7 @@ def test_a_reordered_and_larger_training_set_finds_its_losses_by_id(whole_run, t
 
 def test_kill_while_a_checkpoint_is_written(whole_run, tmp_path):
     worker = Path(__file__).with_name("glow_kill_worker.py")
-    killed = subprocess.run([sys.executable, worker, tmp_path], capture_output=True, text=True, timeout=120)
+    killed = subprocess.run([sys.executable, worker, tmp_path], capture_output=True, text=True, timeout=280)
     assert killed.returncode == -9, killed.stderr[-3000:]
     assert (tmp_path / "checkpoint-4" / "model.safetensors").exists()  # looks whole, but is not
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
