@@ -210,7 +210,7 @@ class ToolProtocol:
         try:
             text = self._reply_text(self.reply_messages([_HEARD]), ended=True)
         except DataError as error:
-            raise ModelError(f"{error}{self._other}") from error
+            raise ModelError(f"{error}.{self._other}") from error
         if text.count(_HEARD) != 1 or text.endswith(_HEARD):
             raise ModelError(
                 f"{self._name}: its chat template does not show the model what a tool answered, once and closed."
@@ -248,7 +248,7 @@ class TemplateProtocol(ToolProtocol):
                 asked = self._render([{"role": "user", "content": "?"}], generate=True)
                 called = self._render([{"role": "user", "content": "?"}, self._spoken()], generate=False)
             except (TemplateError, TypeError, KeyError, ValueError) as error:
-                raise ModelError(f"{self._name}: its chat template refuses tools: {error}{self._other}") from error
+                raise ModelError(f"{self._name}: its chat template refuses tools: {error}.{self._other}") from error
             if TOOLS[0]["function"]["description"] not in asked:
                 raise ModelError(f"{self._name}: its chat template does not tell the model of its tools.{self._other}")
             if _SPOKEN not in called or "<tool_call>" not in called.partition("?")[2]:

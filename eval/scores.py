@@ -18,6 +18,7 @@ from ..core.grading import Grader
 from ..core.progress import progress
 from ..core.run_folder import write_atomic
 from .pass_at_k import check_complete, check_k, g_pass_at_k, majority_at_k, pass_at_k
+from .tool_use import TOOL_FACTS
 from .uncertainty import mean_interval, new_problems_error, resolvable, run_to_run_error
 
 # An answer is compared by symbolic mathematics with this many more frequent answers of its problem at most.
@@ -44,7 +45,7 @@ def sample_of(row: Mapping[str, Any]) -> Sample:
     """Read a row of samples.jsonl, or of a foreign table of trajectories."""
     finish = row.get("finish_reason")
     return Sample(
-        row["sample_index"], row.get("correct"), None if finish is None else finish == "length",
+        row["sample_index"], row.get("correct"), None if finish is None else finish != "stop",
         row.get("extracted") or None, row.get("reason"), row.get("n_tokens"),
     )  # fmt: skip
 
@@ -285,6 +286,8 @@ def show_scores(scores: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
     facts["truncated"] = lambda task: _count(task["truncated"])
     facts["ungradable"] = lambda task: _count(task["ungradable"])
     facts["answer entropy (nats)"] = lambda task: _number(task["answer_entropy"])
+    if any("tools" in task for task in scores.values()):
+        facts |= {name: lambda task, show=show: show(task.get("tools")) for name, show in TOOL_FACTS.items()}
     facts["tokens per sample"] = lambda task: f"{task['mean_tokens']:,.0f}" if task["mean_tokens"] is not None else "?"
     for label, show in facts.items():
         table.add_row(label, *(show(task) for task in scores.values()))

@@ -67,10 +67,10 @@ def run_sweep(section: Section, overwrite: bool = False, dry_run: bool = False) 
     (sweep,) = build(Section({"checkpoints": section.values["checkpoints"]}, section.lines, section.where), SweepConfig)
     checkpoints = find_checkpoints(sweep.checkpoints, section.place("checkpoints"))
     recipe = {key: value for key, value in section.values.items() if key != "checkpoints"}
-    config, _ = build(
+    config, *_ = build(
         Section(recipe | {"model": next(iter(checkpoints.values()))}, section.lines, section.where),
         evaluate.EvalConfig,
-        EngineConfig,
+        *evaluate.STAGE_CONFIGS,
     )
     path = Path(config.output_dir)
     engine = _SharedEngine()

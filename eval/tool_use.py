@@ -2,7 +2,7 @@
 from one that checks its answer at the end, or one that calls in vain.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
@@ -43,3 +43,17 @@ def _counts(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         "interrupted": sum(bool(row["interrupted"]) for row in rows) / len(rows),
         "tool_limit": sum(row["finish_reason"] == "tool_limit" for row in rows) / len(rows),
     }
+
+
+def _shown(form: str, name: str) -> Callable[[Mapping[str, Any] | None], str]:
+    return lambda use: "" if use is None or use[name] is None else form.format(use[name])
+
+
+# What tables show of it: row -> text of a task's counts, empty without tools.
+TOOL_FACTS: dict[str, Callable[[Mapping[str, Any] | None], str]] = {
+    "calls per sample": _shown("{:.2f}", "calls_per_sample"),
+    "samples that call": _shown("{:.1%}", "called"),
+    "first call at token": _shown("{:,.0f}", "first_call"),
+    "calls that fail": _shown("{:.1%}", "failed"),
+    "malformed calls": _shown("{:.1%}", "malformed"),
+}

@@ -75,10 +75,12 @@ def _configs(verb: str) -> list[tuple[str, type]]:
         return first + [(f"step: {name}", step.config) for name, step in STEPS.items()]
     if verb in ("eval", "sample"):
         from ..core.generation import EngineConfig
+        from ..core.rollout import RolloutConfig
+        from ..core.sandbox import SandboxConfig
         from ..eval.evaluate import EvalConfig, SampleConfig
         from ..eval.sweep import SweepConfig
 
-        engine = [("engine", EngineConfig)]
+        engine = [("engine", EngineConfig), ("tools and thinking", RolloutConfig), ("sandbox", SandboxConfig)]
         if verb == "sample":
             return [("stage", SampleConfig), *engine]
         from ..eval.unlearning import STUDIES, SUITES

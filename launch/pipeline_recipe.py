@@ -5,11 +5,11 @@
       - make: {module: afterglow.recipes.demo.world, output_dir: runs/demo/world, seed: 0}
       - train: base.yaml
       - eval: {recipe: eval.yaml, label: base, model: runs/demo/base, output_dir: runs/demo/eval-base}
-      - train: {recipe: glow.yaml, seeds: [0, 1, 2], output_dir: "runs/demo/glow-{seed}"}
+      - train: {recipe: glow.yaml, each_seed: [0, 1, 2], output_dir: "runs/demo/glow-{seed}"}
       - report: runs/demo
 
 Recipes are found beside the pipeline; paths inside them are relative to where the command is given. A stage with
-`seeds` is as many stages, one after another: `seed` is set, `{seed}` in its other keys is replaced, the labels are
+`each_seed` is as many stages, one after another: `seed` is set, `{seed}` in its other keys is replaced, the labels are
 `glow-0`, `glow-1`, ...
 """
 
@@ -31,7 +31,8 @@ RECIPE, MODULE, FOLDER = "recipe", "module", "folder"
 TARGETS = {"sample": RECIPE, "filter": RECIPE, "train": RECIPE, "eval": RECIPE, "make": MODULE, "report": FOLDER}
 FLAGS = ("accelerate_config", "num_processes")  # of `afterglow train`, beside the keys of its recipe
 RESERVED = ("seconds", "peak_memory_gb")  # what summary.json holds beside the labels
-INPUTS = ("data", "problems", "model", "model_name_or_path", "samples", "tasks")
+INPUTS = ("data", "problems", "model", "model_name_or_path", "samples", "tasks", "retain_data", "original", "retrained",
+          "forget", "benign")  # fmt: skip
 DATA_SUFFIXES = (".jsonl", ".gz", ".json", ".parquet")
 
 
@@ -53,7 +54,7 @@ class Stage:
     keys: dict[str, Any]
     where: str
     flags: dict[str, Any] = field(default_factory=dict)
-    group: str | None = None  # label of the stage with `seeds` that it is one of
+    group: str | None = None  # label of the stage with `each_seed` that it is one of
 
     @property
     def name(self) -> str:
@@ -156,12 +157,12 @@ def _parse_stage(item: Any, pipeline: str, where: str) -> Stage:
 
 
 def _over_seeds(stage: Stage) -> list[Stage]:
-    """Return the stages that one stage stands for: one for each of its `seeds`, or itself."""
-    if "seeds" not in stage.keys:
+    """Return the stages that one stage stands for: one for each of its `each_seed`, or itself."""
+    if "each_seed" not in stage.keys:
         return [stage]
-    seeds = stage.keys.pop("seeds")
+    seeds = stage.keys.pop("each_seed")
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
-        raise RecipeError(f"{stage.where}: `seeds` is a list of whole numbers, such as [0, 1, 2]; got {seeds!r}.")
+        raise RecipeError(f"{stage.where}: `each_seed` is a list of whole numbers, such as [0, 1, 2]; got {seeds!r}.")
     return [
         replace(stage, label=f"{stage.label}-{seed}", keys=_with_seed(stage.keys, seed) | {"seed": seed},
                 group=stage.label)
@@ -226,8 +227,7 @@ def parse_recipe(verb: str, section: Section) -> None:
 
         parse_chain(section)
     else:
-        from ..core.generation import EngineConfig
-        from ..eval.evaluate import EvalConfig, SampleConfig
+        from ..eval.evaluate import STAGE_CONFIGS, EvalConfig, SampleConfig
         from ..eval.score_samples import ScoreConfig
 
         if verb == "eval" and "suite" in section.values:
@@ -237,7 +237,7 @@ def parse_recipe(verb: str, section: Section) -> None:
         elif verb == "eval" and "samples" in section.values:
             build(section, ScoreConfig)
         else:
-            build(section, EvalConfig if verb == "eval" else SampleConfig, EngineConfig)
+            build(section, EvalConfig if verb == "eval" else SampleConfig, *STAGE_CONFIGS)
 
 
 def _is_module(name: str) -> bool:
