@@ -178,5 +178,5 @@ def _audits(run: Run) -> Iterator[dict[str, Any]]:
                     "how far paths are apart", of["steps"],
                     {" / ".join(pair["paths"]): pair["curve"] for pair in of["divergence"]}, "steps", "divergence",
                 )
-            ] if len(of["divergence"]) <= figures.SERIES_SHOWN else [],
+            ] if len(of["divergence"]) <= len(figures.SERIES) else [],
         }  # fmt: skip
