@@ -30,9 +30,7 @@ class LeakageConfig(SuiteConfig):
     temperature: float = field(default=1.0, metadata={"help": "Softmax temperature, above 0."})
     top_p: float = field(default=1.0, metadata={"help": "Probability mass to sample from."})
     max_tokens: int = field(default=200, metadata={"help": "Longest answer that is generated."})
-    threshold: float = field(
-        default=0.9, metadata={"help": "ROUGE-L recall from which a sample is a leak."}
-    )
+    threshold: float = field(default=0.9, metadata={"help": "ROUGE-L recall from which a sample is a leak."})
     chat_template_kwargs: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Variables of the chat template."}
     )
