@@ -177,7 +177,7 @@ def tree_memory_gb() -> float:
 def write_summary(output_dir: Path, stages: list[Stage], record: Record) -> None:
     """Write summary.json: the scores of each evaluation by its label, seconds, and peak memory.
 
-    Stages of one `seeds` stand under its label, their scores as means over the seeds that are there.
+    Stages of one `each_seed` stand under its label, their scores as means over the seeds that are there.
     """
     summary: dict[str, Any] = {}
     of_seeds: dict[str, list[dict[str, Any]]] = {}

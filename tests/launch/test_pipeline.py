@@ -222,7 +222,7 @@ def test_memory_is_that_of_the_whole_tree():
 
 
 def test_seeds_are_as_many_stages_and_stand_in_the_summary_as_one(world, checked_here):
-    keys = {"recipe": "one.yaml", "label": "few", "seeds": [0, 7], "output_dir": "runs/few-{seed}"}
+    keys = {"recipe": "one.yaml", "label": "few", "each_seed": [0, 7], "output_dir": "runs/few-{seed}"}
     rows = {"data": ["made/data.jsonl", "more-{seed}.jsonl"]}
     write_recipe(world, output_dir="runs", stages=[{"make": {"module": "maker", "output_dir": "made"}},
                                                    {"filter": keys | rows}])  # fmt: skip
@@ -231,8 +231,8 @@ def test_seeds_are_as_many_stages_and_stand_in_the_summary_as_one(world, checked
     assert second.keys == {"seed": 7, "output_dir": "runs/few-7", "data": ["made/data.jsonl", "more-7.jsonl"]}
 
     for wrong in ([], 3, ["a"], [True]):
-        write_recipe(world, output_dir="runs", stages=[{"filter": keys | {"seeds": wrong}}])
-        with pytest.raises(RecipeError, match="`seeds` is a list of whole numbers"):
+        write_recipe(world, output_dir="runs", stages=[{"filter": keys | {"each_seed": wrong}}])
+        with pytest.raises(RecipeError, match="`each_seed` is a list of whole numbers"):
             parse_pipeline(str(world), [])
     same_folder = [{"filter": keys | {"output_dir": "runs/few"}}]
     write_recipe(world, output_dir="runs", stages=same_folder)
