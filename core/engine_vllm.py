@@ -58,7 +58,7 @@ class VLLMEngine(Engine):
 
     def __init__(self, config: EngineConfig):
         self._llm: Any = None
-        with _process_state_kept():
+        with process_state_kept():
             import_vllm()
             from vllm import LLM
             from vllm.platforms import current_platform
@@ -74,6 +74,14 @@ class VLLMEngine(Engine):
                 raise ModelError(f"{config.model}: vLLM could not start: {error}") from error
         self.max_context: int = self._llm.llm_engine.model_config.max_model_len
         self.tokenizer = self._checkpoint.tokenizer
+
+    @classmethod
+    def around(cls, llm: Any, checkpoint: Checkpoint) -> "VLLMEngine":
+        """Drive an `LLM` that another owns: a trainer's, whose weights it renews itself. Do not close it."""
+        engine = cls.__new__(cls)
+        engine._llm, engine._checkpoint, engine.tokenizer = llm, checkpoint, checkpoint.tokenizer
+        engine.max_context = llm.llm_engine.model_config.max_model_len
+        return engine
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """See `Engine.generate`."""
@@ -139,7 +147,7 @@ class VLLMEngine(Engine):
             self.close()
             raise ModelError(f"{model}: vLLM could not load these weights (the engine is closed): {error}") from error
         if self._on_cpu:
-            self._llm.apply_model(_retie)
+            self._llm.apply_model(retie)
         if not self._llm.reset_prefix_cache():
             self.close()
             raise GenerationError(f"{model}: vLLM kept its cache of the old weights' prefixes (the engine is closed).")
@@ -260,7 +268,7 @@ def _cpu_cache_bytes(arguments: dict[str, Any], checkpoint: Checkpoint) -> int:
 
 
 @contextmanager
-def _process_state_kept() -> Iterator[None]:
+def process_state_kept() -> Iterator[None]:
     """Build an engine quietly, and undo what that does to the process around it.
 
     vLLM seeds the global generators, replaces `torch.set_num_threads` by a no-op and fills the environment
@@ -298,7 +306,7 @@ def _completion(request: Request, output: Any, checkpoint: Checkpoint) -> Comple
     return make_completion(request, checkpoint, tokens, output.finish_reason == "stop", logprobs)
 
 
-def _retie(model: "torch.nn.Module") -> None:
+def retie(model: "torch.nn.Module") -> None:
     """Point a tied head at the new embedding.
 
     On a CPU vLLM keeps a packed copy of each matrix. A reload packs what it loads, and a tied head is not in the

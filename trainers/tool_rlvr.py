@@ -33,7 +33,7 @@ from .prompt_curriculum import PromptCurriculum
 from .rl_losses import plan_update
 from .rollouts import MEASURES, choose_on_correct, grade_rollouts, seed_of, summarise
 from .tool_rlvr_config import ToolRLVRConfig
-from .turn_engines import open_turns
+from .turn_engines import open_turns, vllm_settings
 
 
 def correct(correct: list[float], **_: Any) -> Any:
@@ -95,7 +95,8 @@ class ToolRLVRTrainer(GRPOTrainer):
         rows: Any = train_dataset.select_columns("tools") if "tools" in train_dataset.column_names else [{}]
         tooled = any(self._has_tools(row, args) for row in rows)
         self._sandbox: Any = open_sandbox(args) if tooled else None
-        super().__init__(model, reward_funcs=correct, args=args, train_dataset=train_dataset, **kwargs)
+        with vllm_settings(args):
+            super().__init__(model, reward_funcs=correct, args=args, train_dataset=train_dataset, **kwargs)
         # TRL's own flag looks at the last token only, and takes what it masks out of the attention too.
         self.mask_truncated_completions = False
         self.rollout_func: Any = self._roll_out
