@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 STRATEGIES = ("sap", "gpn", "gap", "hws")
@@ -52,6 +53,15 @@ class ParameterSpace:
         self.tensors = [_local(p) for p in self._parameters]
         self._groups = _shard_groups(self._parameters)
 
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> "ParameterSpace":
+        """Return the trained parameters of a model, between two of its passes."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # A forward pass without a backward one leaves the root's weights whole, in memory that is soon freed.
+                module.reshard()
+        return cls(p for p in model.parameters() if p.requires_grad)
+
     @property
     def sharded(self) -> bool:
         """Whether each process holds another part."""
@@ -82,12 +92,12 @@ class ParameterSpace:
     def set_gradient(self, vector: Sequence[Tensor]) -> None:
         """Make a vector the gradient that the optimizer sees."""
         for parameter, tensor in zip(self._parameters, vector, strict=True):
-            parameter.grad = tensor
             if isinstance(parameter, DTensor):
-                parameter.grad = DTensor.from_local(
-                    tensor, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
-                    stride=parameter.stride(),
-                )  # fmt: skip
+                mesh, placements = parameter.device_mesh, parameter.placements
+                whole = {"shape": parameter.shape, "stride": parameter.stride()}
+                parameter.grad = DTensor.from_local(tensor, mesh, placements, run_check=False, **whole)
+            else:
+                parameter.grad = tensor
 
     def move(self, start: Sequence[Tensor], step: Sequence[Tensor] | None = None, scale: float = 1.0) -> None:
         """Set the parameters to `start + scale * step`, in place."""

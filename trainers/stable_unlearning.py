@@ -170,7 +170,7 @@ class StableUnlearnTrainer(UnlearnTrainer):
             scheduler: Any = self.lr_scheduler
             inner_step = scheduler.get_last_lr()[0]
         noise = torch.Generator(self.accelerator.device).manual_seed(self._seed(step))
-        space = ParameterSpace(p for p in model.parameters() if p.requires_grad)
+        space = ParameterSpace.of(model)
         passes = {"forget": 0}
 
         def forget() -> Tensor:
