@@ -57,8 +57,8 @@ def one_process(tmp_path_factory):
 def assert_same_run(one: dict, other: dict, begin: torch.Tensor) -> None:
     """Same losses and gradients, and a parameter change that differs by rounding only."""
     assert len(one["loss"]) == 9
-    for key in KEYS:
-        assert other[key] == pytest.approx(one[key], rel=CLOSE, abs=CLOSE), key
+    for key in KEYS:  # sharpness is a difference of two losses, whose rounding shows more
+        assert other[key] == pytest.approx(one[key], rel=1e-4 if key == "stable/sharpness" else CLOSE, abs=CLOSE), key
     change = (one["parameters"] - begin).norm()
     assert change > 0
     assert (other["parameters"] - one["parameters"]).norm() < CLOSE * change
