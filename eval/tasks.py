@@ -8,7 +8,7 @@ A recipe names its tasks in one list, `tasks: [gsm8k, my_task.yaml, my_problems.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +19,8 @@ from ..core.errors import DataError, RecipeError
 from ..core.generation import SamplingConfig
 from ..core.grading import Grader, Kind
 from ..core.recipe import build, read_recipe
-from ..core.trajectory import MAX_ERRORS_SHOWN, DataConfig, load_trajectories
+from ..core.trajectory import MAX_ERRORS_SHOWN, DataConfig, load_trajectories, prompt_text
+from .choices import lettered
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 BOXED_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -42,13 +43,23 @@ class Task:
     name: str = field(metadata={"help": "What its scores are called."})
     data: str = field(metadata={"help": "Hub id, or a local file of problems."})
     version: int = field(default=1, metadata={"help": "Scores of different versions do not compare."})
-    subset: str | None = field(default=None, metadata={"help": "Configuration name on the hub."})
+    subset: str | list[str] | None = field(default=None, metadata={"help": "Configuration name(s) on the hub."})
     split: str = field(default="test", metadata={"help": "Split on the hub."})
     columns: dict[str, str] = field(
         default_factory=dict, metadata={"help": "prompt, answer, problem_id -> the file's column name."}
     )
     answer_after: str | None = field(
         default=None, metadata={"help": "The gold answer is what follows the last of these marks in its column."}
+    )
+    choices: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Column of the choices (a list), or a column for each: asked as A, B, ...; for `choice`."},
+    )
+    answer_index: int | None = field(
+        default=None, metadata={"help": "Number of the first choice, where the answer is a number: 0 or 1."}
+    )
+    shuffle_choices: bool = field(
+        default=False, metadata={"help": "Order the choices by chance (by the question, not by the run)."}
     )
     exclude: dict[str, str] = field(
         default_factory=dict, metadata={"help": "problem_id -> why it cannot be scored; left out."}
@@ -82,6 +93,8 @@ class Task:
                 f"n of task {self.name} is {self.n}, but temperature 0 makes all samples the same: use n 1, or a "
                 "temperature of 0.6 or so"
             )
+        if self.choices and self.grader != "choice":
+            raise RecipeError(f"task {self.name} has `choices`: say `grader: choice`")
         self.sampling()
         self.open_grader(1).close()  # checks the values; starts no process
 
@@ -106,25 +119,45 @@ class Task:
         """
         if self.data.endswith(DATA_SUFFIXES) and not Path(self.data).exists():
             raise DataError(f"{self.data}: no such file. Check `data` of task {self.name} (in {Path.cwd()}).")
-        table = load_trajectories(
-            DataConfig(
-                data=self.data, subset=self.subset, split=self.split, columns=self.columns, max_rows=max_problems,
-                prompt_template=self.prompt_template, system_prompt=self.system_prompt,
-            ),
-            require=("prompt", "answer") if graded else ("prompt",),
-        )  # fmt: skip
         problems: dict[str, Problem] = {}
         faults: list[str] = []
-        columns = (table["problem_id"], table["prompt"], table["answer"])
-        for row, (name, prompt, answer) in enumerate(zip(*columns, strict=True), 1):
-            if name in problems:
-                faults.append(f"row {row}: problem {name!r} stands twice; a task has one row per problem")
-            elif name not in self.exclude:
-                if answer is not None and self.answer_after:
-                    answer = answer.rpartition(self.answer_after)[2].strip()
-                problems[name] = Problem(name, prompt, answer)
+        for place, (row, problem) in enumerate(self._rows(max_problems, graded), 1):
+            if problem.problem_id in problems:
+                faults.append(
+                    f"row {place}: problem {problem.problem_id!r} stands twice; a task has one row per problem"
+                )
+            elif problem.problem_id not in self.exclude:
+                try:
+                    problems[problem.problem_id] = self._with_choices(row, problem) if self.choices else problem
+                except DataError as error:
+                    faults.append(f"problem {problem.problem_id!r}: {error}")
         self._refuse(faults + (self._gold_faults(problems.values()) if graded else []))
         return list(problems.values())
+
+    def _rows(self, max_problems: int | None, graded: bool) -> Iterator[tuple[dict[str, Any], Problem]]:
+        """Yield the rows of every subset, each with its problem."""
+        subsets = self.subset if isinstance(self.subset, list) else [self.subset]
+        for subset in subsets:
+            table = load_trajectories(
+                DataConfig(
+                    data=self.data, subset=subset, split=self.split, columns=self.columns, max_rows=max_problems,
+                    prompt_template="{problem}" if self.choices else self.prompt_template,
+                    system_prompt=self.system_prompt, answer_after=self.answer_after,
+                ),
+                require=("prompt", "answer") if graded or self.choices else ("prompt",),
+            )  # fmt: skip
+            rows: Any = table.remove_columns("completion")
+            for row in rows:
+                name, answer = row["problem_id"], row["answer"]
+                yield row, Problem(f"{subset}/{name}" if len(subsets) > 1 else name, row["prompt"], answer)
+
+    def _with_choices(self, row: dict[str, Any], problem: Problem) -> Problem:
+        text, letter = lettered(
+            prompt_text(problem.prompt), str(problem.answer), row | {"answer": problem.answer}, self.choices,
+            self.answer_index, self.shuffle_choices,
+        )  # fmt: skip
+        asked = {"role": "user", "content": self.prompt_template.replace("{problem}", text)}
+        return replace(problem, prompt=[*problem.prompt[:-1], asked], answer=letter)
 
     def _gold_faults(self, problems: Iterable[Problem]) -> list[str]:
         with self.open_grader(workers=1) as grader:

@@ -5,7 +5,10 @@ import pytest
 from afterglow.core.errors import DataError, RecipeError
 from afterglow.eval.tasks import Task, benchmark_names, find_task, load_tasks
 
-SETS = ["aime24", "aime25", "amc23", "gsm8k", "hmmt_feb_2025", "math500", "minerva", "olympiadbench"]
+SETS = [
+    "aime24", "aime25", "aime26", "amc23", "bbh", "beyondaime", "cmimc_2025", "gpqa_diamond", "gsm8k", "headqa",
+    "hmmt_feb_2025", "hmmt_feb_2026", "math500", "minerva", "mmlu", "mmlu_pro", "olympiadbench", "svamp",
+]  # fmt: skip
 
 
 def write(path, rows):
@@ -87,3 +90,76 @@ def test_wrong_names_and_values(tmp_path):
     (tmp_path / "t.yaml").write_text("name: t\ndata: x.jsonl\npromt_template: '{problem}'\n")
     with pytest.raises(RecipeError, match=r"t.yaml:3: unknown key `promt_template`. Did you mean `prompt_template`\?"):
         load_tasks([str(tmp_path / "t.yaml")], {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# choices
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "letter"),
+    [
+        ({"answer": 2, "choices": ["x", "y", "z"]}, {"choices": ["choices"], "answer_index": 0}, "C"),  # MMLU
+        ({"answer": "B", "options": ["x", "B.", "z"]}, {"choices": ["options"]}, "B"),  # MMLU-Pro
+        ({"answer": "right", "w1": "a", "w2": "b"}, {"choices": ["answer", "w1", "w2"]}, "A"),  # GPQA, not shuffled
+        (
+            {"answer": 2, "answers": [{"aid": 1, "atext": "x"}, {"aid": 2, "atext": "y"}]},
+            {"choices": ["answers"], "answer_index": 1},
+            "B",
+        ),  # HEAD-QA
+        ({"answer": "3", "choices": {"text": ["5", "3"], "label": ["A", "B"]}}, {"choices": ["choices"]}, "B"),  # ARC
+    ],
+)
+def test_choices_of_every_known_shape(tmp_path, row, keys, letter):
+    path = write(tmp_path / "mc.jsonl", [{"prompt": "Which?", **row}])
+    (problem,) = Task("mc", path, grader="choice", system_prompt="Hi.", **keys).load_problems()
+    assert problem.answer == letter
+    asked = problem.prompt[-1]["content"]
+    assert asked.startswith("Which?\n\nA. ") and f"\n{letter}. " in asked and "\\boxed{}" in asked
+    assert problem.prompt[0]["role"] == "system"
+
+
+def test_shuffled_choices_depend_on_the_question_only(tmp_path):
+    rows = [{"prompt": f"Which is {i}?", "answer": "right", "w1": "a", "w2": "b", "w3": "c"} for i in range(40)]
+    task = Task("mc", write(tmp_path / "mc.jsonl", rows), grader="choice", choices=["answer", "w1", "w2", "w3"],
+                shuffle_choices=True)  # fmt: skip
+    first, again = task.load_problems(), task.load_problems()
+    assert first == again
+    assert {problem.answer for problem in first} == set("ABCD")
+    assert all(f"{problem.answer}. right" in problem.prompt[-1]["content"] for problem in first)
+
+
+def test_wrong_choices_are_refused_with_their_place(tmp_path):
+    rows = [
+        {"id": "a", "prompt": "?", "answer": 4, "choices": ["x", "y"]},
+        {"id": "b", "prompt": "??", "answer": 0, "choices": ["x"]},
+        {"id": "c", "prompt": "???", "answer": 0, "choices": "xy"},
+    ]
+    keys = {"columns": {"problem_id": "id"}, "grader": "choice", "answer_index": 0}
+    with pytest.raises(DataError) as error:
+        Task("mc", write(tmp_path / "mc.jsonl", rows), choices=["choices"], **keys).load_problems()
+    for fault in (
+        "problem 'a': answer '4' is none of the 2 choices", "problem 'b': 1 choices; there must be 2 to 10",
+        "problem 'c': the column of `choices` holds no list: 'xy'",
+    ):  # fmt: skip
+        assert fault in str(error.value)
+    with pytest.raises(DataError, match="no column 'options' \\(named by `choices`\\)"):
+        Task("mc", write(tmp_path / "mc.jsonl", rows[:1]), choices=["options"], **keys).load_problems()
+    with pytest.raises(RecipeError, match="say `grader: choice`"):
+        Task("mc", "mc.jsonl", choices=["choices"])
+
+
+def test_several_subsets_are_one_task(tmp_path, monkeypatch):
+    from afterglow.core import trajectory
+
+    def hub(name, subset, split):
+        class Table(list):
+            pass
+
+        table = Table({"prompt": f"{subset} {i}?", "answer": str(i), "n": i} for i in range(2))
+        table.split = split
+        return table
+
+    monkeypatch.setattr(trajectory, "load_dataset", hub)
+    task = Task("bbh", "someone/bbh", subset=["sums", "words"], columns={"problem_id": "n"})
+    assert [problem.problem_id for problem in task.load_problems()] == ["sums/0", "sums/1", "words/0", "words/1"]
