@@ -20,10 +20,11 @@ from ..core.recipe import plain
 from ..core.run_folder import RunFolder
 from ..trainers.checkpoints import last_complete_checkpoint
 from .console import print_table
+from .dry_run_rl import show_rollouts
 from .memory import count_parameters, estimate
 from .model_folder import check_model
 from .processes import Setup
-from .training_recipe import Training, load_further_tables, load_table
+from .training_recipe import RL_COLUMNS, Training, load_further_tables, load_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,6 +59,12 @@ def show_plan(training: Training, setup: Setup, overwrite: bool = False) -> None
         RunFolder.check(str(args.output_dir), "train", training.config, inputs=training.inputs)
     _show_recipe(console, training)
     tokenizer = _find_tokenizer(training)
+    if training.columns == RL_COLUMNS:
+        show_rollouts(console, table, args, setup, tokenizer)
+        if checkpoint := None if overwrite else last_complete_checkpoint(str(args.output_dir)):
+            console.print(f"The run would go on from {checkpoint}.")
+        console.print("Nothing was written.")
+        return
     if tokenizer is None:
         print_table("batches", batch_rows(len(table), args, setup, None))
         console.print(f"{training.model.model_name_or_path} is not on this machine: tokens and memory are unknown.")
@@ -77,7 +84,7 @@ def _find_tokenizer(training: Training) -> "PreTrainedTokenizerBase | None":
     """Return the tokenizer, or None for a model of the hub that is not on this machine."""
     model = str(training.model.model_name_or_path)
     try:
-        given = bool(training.args.chat_template_path)
+        given = bool(getattr(training.args, "chat_template_path", None))
         return check_model(model, revision=training.model.model_revision, template_given=given)
     except ModelError as error:
         if Path(model).exists() or not isinstance(error.__cause__, OSError):
