@@ -1,21 +1,18 @@
 """The HTTP client against a scripted server on loopback, and once (slow) against a real vLLM server."""
 
 import json
-import os
 import random
 import socket
-import subprocess
-import sys
 import threading
 import time
 import warnings
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
 import pytest
 import torch
 from tiny import save_tiny
+from vllm_server import free_port, start_server
 
 from afterglow.core import engine_server, server_pool
 from afterglow.core.errors import GenerationError, ModelError
@@ -326,19 +323,9 @@ def test_real_server_gives_what_transformers_gives(tmp_path):
         str(save_tiny(tmp_path / name, seed=seed, initializer_range=0.3, tie_word_embeddings=False))
         for seed, name in enumerate("AB")
     ]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", models[0], "--host", "127.0.0.1"),
-        *("--port", str(port), "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"),
-        "--no-enable-chunked-prefill",
-    ]
-    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    port = free_port()
+    server = start_server(models[0], port)
     try:
-        wait_until_healthy(server, f"http://127.0.0.1:{port}")
         settings = [
             SamplingConfig(temperature=0, max_tokens=20),
             SamplingConfig(temperature=0.9, top_k=40, max_tokens=20),
@@ -368,13 +355,3 @@ def test_real_server_gives_what_transformers_gives(tmp_path):
     finally:
         server.terminate()
         server.wait(60)
-
-
-def wait_until_healthy(server, url):
-    while server.poll() is None:
-        try:
-            if httpx.get(f"{url}/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    raise AssertionError(f"the server ended with {server.returncode}")

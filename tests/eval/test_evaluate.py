@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 from stub_engine import StubEngine
+from vllm_server import free_port, start_server
 
 from afterglow.core.errors import DataError, ModelError, RecipeError, RunFolderError
 from afterglow.core.recipe import read_recipe
@@ -143,24 +146,84 @@ def test_resume_draws_only_what_is_missing(recipe, engines, kept, tmp_path):
     assert len(engines) == (3 if kept < 60 else 2), "no model is loaded when every sample is there"
 
 
-def test_killed_by_force_and_started_again(recipe, engines, tmp_path):
-    whole = evaluate.run(read_recipe(recipe("whole", n=20)))
-    path, drawn = recipe("killed", n=20), tmp_path / "drawn.txt"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parents[1] / "stub_engine.py"), str(path), "0.01", str(drawn)],
-        env=environment, stderr=subprocess.DEVNULL,
+def start(path, drawn, pause):
+    """Evaluate with the stub engine in a process of its own."""
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).parents[1] / "stub_engine.py"), str(path), str(pause), str(drawn)],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    samples, wanted = tmp_path / "killed" / "samples.jsonl", random.randrange(1, 200)
-    while process.poll() is None and (not samples.exists() or samples.read_bytes().count(b"\n") < wanted):
-        time.sleep(0.002)
+
+
+def kill(process):
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept, asked = samples.read_bytes().count(b"\n"), len(drawn.read_text().split("\n")) - 1
-    assert kept < 240, "it was killed on the way"
-    assert asked - kept <= 8, "all but the last few samples were on the disk"
+
+
+def test_killed_by_force_three_times_and_started_again(recipe, engines, tmp_path):
+    whole = evaluate.run(read_recipe(recipe("whole", n=20)))
+    path, drawn = recipe("killed", n=20), tmp_path / "drawn.txt"
+    samples, before = tmp_path / "killed" / "samples.jsonl", 0
+    for most in (60, 120, 180):
+        process, wanted = start(path, drawn, 0.01), random.randrange(before, most) + 1
+        while process.poll() is None and (not samples.exists() or samples.read_bytes().count(b"\n") < wanted):
+            time.sleep(0.002)
+        kill(process)
+        kept, asked = samples.read_bytes().count(b"\n"), len(drawn.read_text().split("\n")) - 1
+        assert before < kept < 240, "it was killed on the way"
+        assert asked - kept <= 8, "all but the last few samples were on the disk"
+        drawn.write_text("\n" * kept)
+        before = kept
     evaluate.run(read_recipe(path))
     assert results(tmp_path / "killed") == results(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_at_twenty_random_moments(recipe, engines, tmp_path):
+    """At any time from its start to its end, also while it imports, sorts its rows or writes its scores."""
+    whole = evaluate.run(read_recipe(recipe("whole", n=20)))
+    path, begun = recipe("timed", n=20), time.monotonic()
+    assert start(path, tmp_path / "drawn.txt", 0.01).wait() == 0
+    seconds, rows = time.monotonic() - begun, set()
+    for moment in range(20):
+        path = recipe(f"killed{moment}", n=20)
+        process = start(path, tmp_path / "drawn.txt", 0.01)
+        time.sleep(random.uniform(0, 1.1 * seconds))
+        kill(process)
+        samples = tmp_path / f"killed{moment}" / "samples.jsonl"
+        rows.add(samples.read_bytes().count(b"\n") if samples.exists() else -1)
+        evaluate.run(read_recipe(path))
+        assert results(tmp_path / f"killed{moment}") == results(whole), moment
+    assert len(rows) > 4, "the moments were different ones"
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_real_server_killed_and_restarted_in_mid_evaluation(recipe, tiny_folder, tmp_path):
+    port = free_port()
+    changes = {"n": 8, "max_tokens": 100, "engine": "server", "server_url": f"http://127.0.0.1:{port}"}
+    server = start_server(tiny_folder, port)
+    try:
+        whole = evaluate.run(read_recipe(recipe("whole", **changes)))
+        path, samples = recipe("killed", max_num_seqs=2, **changes), tmp_path / "killed" / "samples.jsonl"
+        with ThreadPoolExecutor(1) as thread, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run = thread.submit(evaluate.run, read_recipe(path))
+            while not run.done() and (not samples.exists() or samples.read_bytes().count(b"\n") < 10):
+                time.sleep(0.01)
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+            kept = samples.read_bytes().count(b"\n")
+            server = start_server(tiny_folder, port)
+            run.result()
+        assert 10 <= kept < 96, "it was killed on the way"
+        assert results(tmp_path / "killed") == results(whole)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
 
 
 def test_sample_keeps_rows_without_grading(recipe, engines):
