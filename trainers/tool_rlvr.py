@@ -61,7 +61,7 @@ class _Follow(TrainerCallback):
             self.trainer.curriculum.save(folder)
             self.trainer.collapse_guard.save(folder)
         if self.trainer.collapse_guard.good:
-            state.best_model_checkpoint = str(folder)  # what a rollback returns to; never rotated away
+            self.trainer.last_good = str(folder)
 
 
 class ToolRLVRTrainer(GRPOTrainer):
@@ -163,6 +163,7 @@ class ToolRLVRTrainer(GRPOTrainer):
             args.retire_pass_rate,  # pyright: ignore
         )
         self.collapse_guard = CollapseGuard(args)
+        self.last_good: str | None = None  # checkpoint that a rollback returns to
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any):
         """Train, from the start or from a checkpoint; True is the last whole one in `output_dir`.
@@ -180,6 +181,7 @@ class ToolRLVRTrainer(GRPOTrainer):
         if checkpoint:
             self.curriculum.load(Path(checkpoint))
             self.collapse_guard.load(Path(checkpoint))
+            self.last_good = str(checkpoint) if self.collapse_guard.good else None
         with ExitStack() as stack:
             stack.callback(self.grader.close)
             if self._sandbox:
@@ -335,10 +337,10 @@ class ToolRLVRTrainer(GRPOTrainer):
         if worst.level == "warn" or self.args.guard == "warn":
             warnings.warn(text, stacklevel=2)
             return
-        good = self.state.best_model_checkpoint
+        good = self.last_good
         if self.args.guard == "roll_back" and good:
             warnings.warn(f"{text}. The run ends with the weights of {good}.", stacklevel=2)
-            self.args.load_best_model_at_end = True
+            self.state.best_model_checkpoint, self.args.load_best_model_at_end = good, True
             self.control.should_training_stop = True
             return
         raise CollapseError(

@@ -7,6 +7,7 @@ from datasets import Dataset
 from tiny import tiny_model
 from tiny_sft import logged, parameters
 from tiny_tools import TOKENIZER, ScriptedTurns, products, scripted_trainer, settings
+from transformers import AutoModelForCausalLM
 
 from afterglow.core.errors import CollapseError, DataError, RecipeError, RunFolderError
 from afterglow.trainers.tool_rlvr import ToolRLVRTrainer
@@ -267,21 +268,35 @@ def test_a_run_ends_when_nothing_is_left_to_learn(tmp_path):
 # the guard
 
 
-def test_a_collapse_is_stopped_and_names_the_last_good_checkpoint(tmp_path):
+def collapsing(folder, **changes):
+    """A trainer whose policy is right now and then for four steps, and never again."""
     right = [True]
-
-    def collapse(seed):
-        return right[0] and seed % 5 < 2
-
+    script = {"right": lambda seed: right[0] and seed % 5 < 2, "rounds": lambda seed: 0}
     trainer = scripted_trainer(
-        tmp_path, script={"right": collapse, "rounds": lambda seed: 0}, max_steps=12, guard="stop", guard_span=2,
-        save_strategy="steps", save_steps=1, retire_pass_rate=None,
+        folder, script=script, max_steps=12, guard_span=2, save_strategy="steps", save_steps=1, retire_pass_rate=None,
+        **changes,
     )  # fmt: skip
     step = trainer.training_step
     trainer.training_step = lambda *a: [right.__setitem__(0, trainer.state.global_step < 4), step(*a)][1]
+    return trainer
+
+
+def test_a_collapse_is_stopped_and_names_the_last_good_checkpoint(tmp_path):
+    trainer = collapsing(tmp_path, guard="stop")
     with pytest.raises(CollapseError, match=r"reward is .* below .* of its best.*checkpoint-\d"):
         trainer.train()
     assert 4 < trainer.state.global_step < 9
+    assert trainer.last_good == str(tmp_path / f"checkpoint-{trainer.state.global_step - 1}")
+
+
+def test_a_rollback_ends_with_the_weights_of_the_last_good_checkpoint(tmp_path):
+    trainer = collapsing(tmp_path, guard="roll_back", save_total_limit=1, drop_zero_variance=False)
+    with pytest.warns(UserWarning, match="The run ends with the weights of"):
+        trainer.train()
+    assert trainer.last_good is not None and 4 < trainer.state.global_step < 9
+    good = AutoModelForCausalLM.from_pretrained(trainer.last_good)
+    assert torch.equal(parameters(trainer.model), parameters(good))
+    assert logged(trainer, "guard/stops")[-1] == 1.0
 
 
 def test_too_high_a_learning_rate_is_stopped(tmp_path):
