@@ -63,7 +63,9 @@ STEPS = {
     "random": Step(random_drop.RandomConfig, random_drop.apply),
     "length": Step(length.LengthConfig, length.apply),
     "mixture": Step(mixture.MixtureConfig, mixture.apply, mixture.check),
-    "tool_suitability": Step(tool_suitability.ToolSuitabilityConfig, tool_suitability.apply, reads=("samples",)),
+    "tool_suitability": Step(
+        tool_suitability.ToolSuitabilityConfig, tool_suitability.apply, tool_suitability.check, reads=("samples",)
+    ),
 }
 
 

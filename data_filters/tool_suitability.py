@@ -17,8 +17,9 @@ The control is `- random` at the same number of problems; the report counts the 
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,13 +94,32 @@ class ProblemRecord:
         return "helped" if self.mean_calls >= config.min_calls else "solved almost without calls"
 
 
-def read_record(rows: Any) -> dict[str, ProblemRecord]:
+def check(table: Dataset, config: ToolSuitabilityConfig, filled: Iterable[str] = ()) -> None:
+    """Look at the first row of each file, before an earlier step computes.
+
+    Raises:
+        DataError: a file is missing or is no evaluation.
+    """
+    for file in _files(config):
+        for where, row in islice(read_rows(file), 1):
+            _refuse_others(where, row)
+
+
+def _files(config: ToolSuitabilityConfig) -> list[str]:
+    return [config.samples] if isinstance(config.samples, str) else config.samples
+
+
+def _refuse_others(where: str, row: Mapping[str, Any]) -> None:
+    missing = [name for name in ("problem_id", "completion", "correct") if name not in row]
+    if missing:
+        raise DataError(f"{where}: no `{missing[0]}`. Name the samples.jsonl of `afterglow eval`.")
+
+
+def read_record(rows: Iterable[tuple[str, dict]]) -> dict[str, ProblemRecord]:
     """Count an evaluation's rows by problem. Rows that are not gradable count nowhere."""
     found: dict[str, ProblemRecord] = {}
     for where, row in rows:
-        missing = [name for name in ("problem_id", "completion", "correct") if name not in row]
-        if missing:
-            raise DataError(f"{where}: no `{missing[0]}`. Name the samples.jsonl of `afterglow eval`.")
+        _refuse_others(where, row)
         record = found.setdefault(str(row["problem_id"]), ProblemRecord({TOOL: 0, TEXT: 0}, {TOOL: 0, TEXT: 0}))
         if row["correct"] is None:
             continue
@@ -126,7 +146,7 @@ def apply(
     Raises:
         DataError: a file is missing or no evaluation, or it shares no problem with the data.
     """
-    files = [config.samples] if isinstance(config.samples, str) else config.samples
+    files = _files(config)
     record = read_record(row for file in files for row in read_rows(file))
     problems = [str(problem) for problem in table["problem_id"]]
     if record.keys().isdisjoint(problems):

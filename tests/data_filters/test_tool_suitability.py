@@ -2,8 +2,8 @@ import pytest
 from filter_tables import dropped_ids, row, run_filter, write_jsonl
 
 from afterglow.core.errors import DataError, RecipeError
-from afterglow.core.recipe import Section, build
-from afterglow.data_filters import tool_suitability
+from afterglow.core.recipe import Section, build, read_recipe
+from afterglow.data_filters import chain, tool_suitability
 from afterglow.data_filters.tool_suitability import NOT_MEASURED, ToolSuitabilityConfig
 
 ANSWERED = [{"role": "assistant", "content": "\\boxed{4}"}]
@@ -100,6 +100,18 @@ def test_what_is_no_evaluation_is_refused(tmp_path):
         run(tmp_path, problems(["p"]), samples("q", 8, 0))
     with pytest.raises(DataError, match="no such file"):
         run_filter(tool_suitability, problems(["p"]), ToolSuitabilityConfig(str(tmp_path / "gone.jsonl")), tmp_path)
+
+
+def test_a_missing_evaluation_is_missed_before_the_first_step(tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", [row("a", correct=True)])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"data: {data}\noutput_dir: {tmp_path / 'run'}\nsteps:\n  - length\n"
+        f"  - tool_suitability: {{samples: {tmp_path / 'gone.jsonl'}}}\n"
+    )
+    with pytest.raises(DataError, match="no such file"):
+        chain.run(read_recipe(str(recipe)))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("values, message", [({"min_gain": 25}, "from 0 to 1"), ({"min_samples": 0}, "at least 1")])
