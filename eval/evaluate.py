@@ -14,6 +14,7 @@ its like a model is asked what it should have forgotten (`unlearning`). With `ch
 checkpoint of a training is evaluated (`sweep`).
 """
 
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -145,7 +146,7 @@ def run(section: Section, overwrite: bool = False, dry_run: bool = False, opener
         from .sweep import run_sweep  # it runs this module for each checkpoint
 
         return run_sweep(section, overwrite, dry_run)
-    return _Evaluation("eval", *build(section, EvalConfig, *STAGE_CONFIGS), opener).run(overwrite, dry_run)
+    return _Evaluation("eval", *build(section, EvalConfig, *STAGE_CONFIGS), opener=opener).run(overwrite, dry_run)
 
 
 def run_sample(section: Section, overwrite: bool = False, dry_run: bool = False) -> Path:
@@ -269,7 +270,7 @@ class _Evaluation:
         samples = group_samples(read_rows_of(self.path / SAMPLES_FILE), "task")
         scores, rows = {}, []
         calls = tool_use(read_rows_of(self.path / SAMPLES_FILE))
-        for task, mode in ((task, mode) for task in self.tasks for mode in self.modes):
+        for task, mode in itertools.product(self.tasks, self.modes):
             label, k = label_of(task.name, mode), config.k or default_k(task.n)
             equal = same_mathematics(graders[task.name])
             scores[label], counts = score(samples[label], task.n, k, label, equal, config.workers)

@@ -19,6 +19,7 @@ INK, FAINT = "#010101", "#020202"
 SERIES = tuple(f"#0300{number:02x}" for number in range(8))
 VARIABLES = {INK: "--ink", FAINT: "--line"} | {colour: f"--s{number}" for number, colour in enumerate(SERIES)}
 
+SERIES_SHOWN = 8
 WIDTH, HEIGHT = 3.7, 2.9  # inches at 96 px: one column of a phone
 STYLE: dict[Any, Any] = {
     "font.size": 8.5, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,
@@ -98,6 +99,16 @@ def histogram(title: str, edges: Sequence[float], counts: Mapping[str, Sequence[
     return _finish(figure, axes, title, legend=len(counts) > 1)
 
 
+def few(groups: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Keep the largest groups of a histogram, and add up the others."""
+    order = sorted(groups, key=lambda name: -sum(groups[name]))
+    if len(order) <= SERIES_SHOWN:
+        return groups
+    kept = {name: groups[name] for name in order[: SERIES_SHOWN - 1]}
+    rest = [groups[name] for name in order[SERIES_SHOWN - 1 :]]
+    return kept | {f"{len(rest)} others": [sum(column) for column in zip(*rest, strict=True)]}
+
+
 def curve_over(title: str, names: Sequence[str], series: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """Draw scores with intervals over checkpoints, in equal steps; `series` is metric -> one interval for each."""
     figure, axes = _start(title)
@@ -157,9 +168,7 @@ def sorted_changes(title: str, changes: Sequence[float]) -> str:
     return _finish(figure, axes, title, legend=False)
 
 
-def bands(
-    title: str, series: Mapping[str, Sequence[tuple[int, float, float, float]]], xlabel: str, ylabel: str
-) -> str:
+def bands(title: str, series: Mapping[str, Sequence[tuple[int, float, float, float]]], xlabel: str, ylabel: str) -> str:
     """Draw curves with their intervals over log(1 + x): (x, value, low, high) of each point of each series."""
     figure, axes = _start(title)
     ticks: set[int] = set()
@@ -173,14 +182,14 @@ def bands(
     return _finish(figure, axes, title)
 
 
-def points(
-    title: str, found: Mapping[str, Sequence[tuple[float, float, float]]], xlabel: str, ylabel: str
-) -> str:
+def points(title: str, found: Mapping[str, Sequence[tuple[float, float, float]]], xlabel: str, ylabel: str) -> str:
     """Draw two quantities of each run against each other, (value, low, high) each."""
     figure, axes = _start(title)
     for colour, (label, (x, y)) in zip(_colours(len(found)), found.items(), strict=True):
-        errors = {f"{axis}err": [[of[0] - of[1]], [of[2] - of[0]]] for axis, of in (("x", x), ("y", y))}
-        axes.errorbar(x[0], y[0], **errors, color=colour, marker="o", markersize=4, linewidth=1.2, label=label)
+        x_error, y_error = ([[of[0] - of[1]], [of[2] - of[0]]] for of in (x, y))
+        axes.errorbar(
+            x[0], y[0], yerr=y_error, xerr=x_error, color=colour, marker="o", markersize=4, linewidth=1.2, label=label
+        )
     axes.set(xlabel=xlabel, ylabel=ylabel)
     return _finish(figure, axes, title)
 
@@ -204,6 +213,24 @@ def ledger(title: str, groups: Mapping[str, np.ndarray]) -> str:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_ylim(bottom=0)
     axes.set(xlabel="epoch", ylabel="loss per sample (nats per token)")
+    return _finish(figure, axes, title)
+
+
+def trajectories(title: str, groups: Mapping[str, np.ndarray]) -> str:
+    """Draw the loss of single samples by epoch, one line each, one colour per group.
+
+    Args:
+        title: of the figure.
+        groups: label -> losses, (samples, epochs), NaN where unseen.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _start(title)
+    for colour, (label, losses) in zip(_colours(len(groups)), groups.items(), strict=True):
+        for number, row in enumerate(losses):
+            axes.plot(range(1, len(row) + 1), row, color=colour, linewidth=1.2, label=None if number else label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set(xlabel="epoch", ylabel="loss (nats per token)")
     return _finish(figure, axes, title)
 
 

@@ -128,8 +128,9 @@ class StartModel:
         for first in range(0, len(table), batch * processes):
             rows = order[first : first + batch * processes]
             mine = np.resize(rows, batch * processes)[accelerator.process_index :: processes]
-            inputs = trainer.data_collator([table[int(row)] for row in mine])
-            scores = trainer.score(model, send_to_device(inputs, accelerator.device)).log_prob(norm).float()
+            collated = trainer.data_collator([table[int(row)] for row in mine])
+            inputs: Any = send_to_device(collated, accelerator.device)
+            scores = trainer.score(model, inputs).log_prob(norm).float()
             gathered = accelerator.gather(scores).view(processes, -1).T.reshape(-1)  # pyright: ignore[reportAttributeAccessIssue]
             values[torch.from_numpy(rows)] = gathered[: len(rows)]
             bar.advance(len(rows))
