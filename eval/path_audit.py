@@ -231,7 +231,7 @@ def _load(model: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     except (OSError, ValueError) as error:
         raise ModelError(f"{model}: its weights could not be loaded: {error}") from error
     return loaded.to("cuda") if torch.cuda.is_available() else loaded

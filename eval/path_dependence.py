@@ -17,7 +17,7 @@ from ..core.errors import DataError
 DEEP, SUPERFICIAL, NONE = "deep", "superficial", "nothing forgotten"
 
 
-def forget_score(before: Sequence[float], after: Sequence[float]) -> float:
+def forget_score(before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray) -> float:
     """Decrease of the mean log-probability of an answer and its paraphrases; higher is more forgotten (section 4.1)."""
     return float(np.mean(before) - np.mean(after))
 

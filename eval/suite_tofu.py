@@ -76,13 +76,13 @@ class TofuSuite(BaseSuite):
 
     def read(self) -> None:
         """See `Suite.read`."""
-        needs = dict.fromkeys(OPTION_SETS, ("question", "answer", "perturbed_answer"))
-        needs |= dict.fromkeys(("forget", "retain"), ("question", "answer", "perturbed_answer", "paraphrased_answer"))
-        needs["holdout"] = ("question", "answer")
-        self.sets = {
-            name: read_set(spec, name, needs[name], self.config.columns, self.config.max_rows)
-            for name, spec in self.sources().items()
-        }
+        for name, spec in self.sources().items():
+            needs = ["question", "answer"]
+            if name != "holdout":
+                needs.append("perturbed_answer")
+                if name not in OPTION_SETS:
+                    needs.append("paraphrased_answer")
+            self.sets[name] = read_set(spec, name, needs, self.config.columns, self.config.max_rows)
 
     def encode(self, tokenizer: "PreTrainedTokenizerBase", chat_template_kwargs: Mapping[str, Any]) -> None:
         """See `Suite.encode`."""

@@ -58,7 +58,7 @@ def read_logs(path: str | Path) -> list[dict[str, Any]]:
 
 def _rows(path: Path, name: str, log: str, columns: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for i, key in enumerate(columns.get("avg_gt_loss", {})):
-        values = {column: columns.get(column, {}).get(key) for column in COLUMNS}
+        values: dict[str, Any] = {column: columns.get(column, {}).get(key) for column in COLUMNS}
         if missing := [column for column, value in values.items() if value is None]:
             raise DataError(f"{path}: {log}: question {key} has no {missing[0]}.")
         wrong, loss = values["average_perturb_loss"], values["avg_gt_loss"]

@@ -165,7 +165,7 @@ def gradient_norms(
 
     def draw(log: JsonlLog, done: set[str]) -> None:
         model = checkpoint.model
-        device = model.get_input_embeddings().weight.device  # pyright: ignore[reportAttributeAccessIssue]
+        device = model.device
         with progress("gradient norms", len(texts)) as bar, torch.enable_grad():
             bar.advance(len(done))
             for text in texts:

@@ -94,7 +94,7 @@ def forget_quality(unlearned: Sequence[float], retrained: Sequence[float]) -> tu
     return float(found.pvalue), float(found.statistic)
 
 
-def model_utility(parts: Sequence[float]) -> float:
+def model_utility(parts: Sequence[float] | np.ndarray) -> float:
     """Harmonic mean of the parts (TOFU's nine: three sets x probability, ROUGE-L recall, truth ratio); any 0 gives 0.
 
     Raises:
