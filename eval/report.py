@@ -14,6 +14,7 @@ from typing import Any
 from ..core.errors import RunFolderError
 from ..core.run_folder import write_atomic
 from ..core.trajectory import prompt_text, read_rows
+from .report_ledger import cut
 from .report_results import Run, describe_filter, describe_tasks, describe_training
 from .report_sweep import describe_sweeps
 from .report_unlearning import describe_unlearning, is_suite
@@ -21,7 +22,6 @@ from .sampling import SAMPLES_FILE
 from .scores import SCORES_FILE
 
 REPORT_FILE = "report.html"
-MAX_TEXT = 6_000
 EXAMPLES = 2  # of each kind, per task
 
 
@@ -112,20 +112,14 @@ def _example(row: Mapping[str, Any]) -> dict[str, Any]:
         turns.append(
             {
                 "role": message["role"],
-                "thought": _cut(thought.replace("<think>", "").strip()) if closed else "",
-                "text": _cut((rest if closed else text).strip()),
+                "thought": cut(thought.replace("<think>", "").strip()) if closed else "",
+                "text": cut((rest if closed else text).strip()),
             }
         )
     return {
-        "problem_id": row["problem_id"], "problem": _cut(problem), "turns": turns, "gold": row.get("answer"),
+        "problem_id": row["problem_id"], "problem": cut(problem), "turns": turns, "gold": row.get("answer"),
         "extracted": row.get("extracted"), "reason": row.get("reason"), "tokens": row.get("n_tokens"),
     }  # fmt: skip
-
-
-def _cut(text: str) -> str:
-    if len(text) <= MAX_TEXT:
-        return text
-    return f"{text[: MAX_TEXT // 2]}\n… {len(text) - MAX_TEXT:,} more characters …\n{text[-MAX_TEXT // 2 :]}"
 
 
 def _provenance(run: Run) -> dict[str, Any]:
