@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import GenerationError, MissingDependencyError, ModelError
@@ -303,7 +304,8 @@ def _completion(request: Request, output: Any, checkpoint: Checkpoint) -> Comple
     logprobs = None
     if request.logprobs:
         logprobs = [at[token].logprob for at, token in zip(output.logprobs, tokens, strict=True)]
-    return make_completion(request, checkpoint, tokens, output.finish_reason == "stop", logprobs)
+    completion = make_completion(request, checkpoint, tokens, output.finish_reason == "stop", logprobs)
+    return replace(completion, routed_experts=getattr(output, "routed_experts", None))
 
 
 def retie(model: "torch.nn.Module") -> None:

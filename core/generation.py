@@ -175,6 +175,7 @@ class Completion:
     text: str
     finish_reason: Literal["stop", "length"]
     logprobs: list[float] | None = None
+    routed_experts: Any = None  # (tokens, layers, k), where vLLM runs with `enable_return_routed_experts`
 
 
 class Engine(Protocol):

@@ -32,6 +32,7 @@ from .collapse_guard import CollapseGuard
 from .prompt_curriculum import PromptCurriculum
 from .rl_losses import plan_update
 from .rollouts import MEASURES, choose_on_correct, grade_rollouts, seed_of, summarise
+from .routing_replay import RoutingReplay, lay_out
 from .tool_rlvr_config import ToolRLVRConfig
 from .turn_engines import open_turns, vllm_settings
 
@@ -105,6 +106,8 @@ class ToolRLVRTrainer(GRPOTrainer):
             name, self.model.config.get_text_config(), self._tokenizer, frozenset(self.eos_token_ids)
         )  # pyright: ignore
         self._turns = open_turns(self, checkpoint)
+        self._replay = RoutingReplay(self.model) if args.routing_replay else None
+        self._routes: dict[tuple[int, ...], Any] = {}  # experts that the engine chose, by the tokens it saw
         end_ids = checkpoint.stop_ids
         template: Any = self.chat_template_kwargs
         self._protocols = {False: open_protocol(None, self._tokenizer, end_ids, template)}
@@ -195,6 +198,7 @@ class ToolRLVRTrainer(GRPOTrainer):
         training = self.model.training
         if training:
             inputs = self._deal(len(inputs))
+            self._routes.clear()
         self._rows, self._graded = inputs, []
         output = super()._generate_and_score_completions(inputs)
         return self._plan(output) if training else output
@@ -256,7 +260,23 @@ class ToolRLVRTrainer(GRPOTrainer):
                 self.temperature, self.top_p, self.top_k or -1, self.min_p or 0.0, max_tokens=most, stop=list(stop)
             )
             asked.append(Request(str(number), prompt_ids, seed, sampling, logprobs=self.use_vllm))
-        return [(reply.token_ids, reply.logprobs, reply.finish_reason) for reply in self._turns(asked)]
+        replies = self._turns(asked)
+        if self._replay:  # the last turn's record covers the whole rollout
+            for request, reply in zip(asked, replies, strict=True):
+                self._routes[(*request.prompt_ids, *reply.token_ids)] = reply.routed_experts
+        return [(reply.token_ids, reply.logprobs, reply.finish_reason) for reply in replies]
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args: Any, **kwargs: Any):
+        if self._replay is None or model is self.ref_model:
+            return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
+        records = [
+            self._routes.get(tuple(ids[own.bool()].tolist()))
+            for ids, own in zip(input_ids, attention_mask, strict=True)
+        ]
+        starts = attention_mask.argmax(1).tolist()
+        routes = lay_out(records, starts, input_ids.size(1), self._replay.layers, self._replay.top_k)
+        with self._replay.of(routes.to(input_ids.device)):
+            return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
 
     def _any_process(self, flag: bool) -> bool:
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)).item())  # pyright: ignore

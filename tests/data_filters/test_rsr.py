@@ -102,7 +102,7 @@ def test_published_simulation():
     minor, misaligned = np.roll(zipf, 15), np.roll(zipf, 6)
     student = 0.8 * zipf + 0.2 * minor
     head = VocabularyHead(torch.tensor(np.log(student), dtype=torch.float32)[:, None])
-    nll, rank, _ = token_statistics(torch.ones(50, 1), torch.arange(50), head)
+    nll, rank, *_ = token_statistics(torch.ones(50, 1), torch.arange(50), head)
     ratio, surprisal, rank = (rank / nll).double().numpy(), nll.double().numpy(), rank.double().numpy()
     data = {"major": zipf, "minor": minor, "misaligned": misaligned, "mixed": student}
     printed = {"major": 1.69, "minor": 1.30, "misaligned": 2.23, "mixed": 1.62}

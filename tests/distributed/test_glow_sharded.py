@@ -4,7 +4,7 @@ import pytest
 import torch
 from glow_sharded import LAYOUTS, ONE_PROCESS, STEPS, TWO_PROCESSES, difference, launch, results
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 CLOSE = 1e-5  # relative; parameters relative to how far they moved
 
 

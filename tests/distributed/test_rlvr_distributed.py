@@ -12,7 +12,7 @@ from rlvr_cases import METRICS, run_case, summary, weights
 from tiny import tiny_model
 from tiny_sft import parameters
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 FSDP = {
     "fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True,
     "fsdp_cpu_ram_efficient_loading": False, "fsdp_state_dict_type": "FULL_STATE_DICT", "fsdp_offload_params": False,

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from unlearning_cases import CASES, KEYS, run_case, start, summary
+from unlearning_cases import KEYS, run_case, start, summary
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 CONFIGS = Path(__file__).parents[2] / "launch" / "accelerate_configs"
 KINDS = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 DEEPSPEED = ["npo", "npo lora"]  # where stable unlearning refuses to start
-LAUNCHES = {"ddp": list(CASES), "fsdp2": ["npo", "npo lora", "stable sap", "stable gpn", "stable hws"],
-            "zero2": DEEPSPEED, "zero3": DEEPSPEED}  # fmt: skip
+LAUNCHES = {
+    "ddp": ["kl lora", "npo", "stable sap", "stable gpn"],
+    "fsdp2": ["npo lora", "npo", "stable hws", "stable gpn"],
+    "zero2": DEEPSPEED,
+    "zero3": DEEPSPEED,
+}
 CLOSE = 1e-5
 
 
@@ -56,7 +60,7 @@ def one_process(tmp_path_factory):
 
 def assert_same_run(one: dict, other: dict, begin: torch.Tensor) -> None:
     """Same losses and gradients, and a parameter change that differs by rounding only."""
-    assert len(one["loss"]) == 9
+    assert len(one["loss"]) == 6
     for key in KEYS:  # sharpness is a difference of two losses, whose rounding shows more
         assert other[key] == pytest.approx(one[key], rel=1e-4 if key == "stable/sharpness" else CLOSE, abs=CLOSE), key
     change = (one["parameters"] - begin).norm()

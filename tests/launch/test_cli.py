@@ -74,7 +74,10 @@ def test_every_wrong_key_is_named_with_its_line(tmp_path, tiny_folder, capsys):
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"method": "glou"}, "`method`: 'glou' is none of glow, sft; did you mean glow?"),
+        (
+            {"method": "glou"},
+            "`method`: 'glou' is none of glow, sft, tool_rlvr, unlearn, stable_unlearn; did you mean glow?",
+        ),
         ({"method": None}, "`method`"),
         ({"model_name_or_path": None}, "`model_name_or_path` is missing"),
         ({"lora_r": 64}, "`lora_r` does nothing without `use_peft: true`"),

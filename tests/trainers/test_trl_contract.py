@@ -8,7 +8,10 @@ from datasets import Dataset
 from tiny import tiny_model
 from tiny_sft import TOKENIZER, chats, settings
 from transformers import Trainer
-from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, pack_dataset
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import global_then_local_main_first
 
@@ -80,3 +83,53 @@ def test_flattened_batches_number_their_segments():
     assert batch["seq_idx"].tolist() == [[0, 0, 0, 1, 2, 2, 3, 4]]
     assert batch["cu_seq_lens_q"].tolist() == [0, 3, 4, 6, 7, 8]
     assert batch["labels"].tolist() == [[-100, 2, 3, -100, -100, 6, -100, -100]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GRPOTrainer, which trainers/tool_rlvr.py extends
+
+GRPO = {
+    GRPOTrainer._generate_and_score_completions: "inputs",
+    GRPOTrainer.log: "logs start_time",
+    GRPOTrainer._get_per_token_logps_and_entropies: "model input_ids attention_mask logits_to_keep batch_size "
+    "compute_entropy compute_aux_loss pixel_values image_grid_thw num_images pixel_attention_mask spatial_shapes "
+    "num_tiles image_sizes token_type_ids mm_token_type_ids image_position_ids",
+    unwrap_model_for_generation: "accelerator gather_deepspeed3_params generation_kwargs gradient_checkpointing_kwargs",
+    DistributedBackend.summon_full_params: "module kwargs",
+    VLLMGeneration.sync_weights: "",
+    VLLMGeneration._iter_named_params: "",
+}
+
+
+@pytest.mark.parametrize("method", GRPO, ids=lambda method: method.__qualname__)
+def test_signature_of_grpo(method):
+    assert list(inspect.signature(method).parameters)[1:] == GRPO[method].split()
+
+
+def test_what_rlvr_relies_on_in_a_scored_batch(tmp_path):
+    """`rollout_func` gets each prompt once per rollout; its mask is the tool mask; its fields reach the rewards."""
+    seen = {}
+
+    def rollouts(prompts, trainer):
+        seen["prompts"] = len(prompts)
+        count = len(prompts)
+        return {"prompt_ids": [[5, 6]] * count, "completion_ids": [[7, 8, 9]] * count, "logprobs": None,
+                "env_mask": [[1, 0, 1]] * count, "right": [float(n % 2) for n in range(count)]}  # fmt: skip
+
+    def reward(right, **_):
+        return right
+
+    args = {"num_generations": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    config = GRPOConfig(**{key: value for key, value in (settings(tmp_path) | args).items() if key != "max_length"})
+    table = Dataset.from_list([{"prompt": [{"role": "user", "content": str(n)}]} for n in range(4)])
+    trainer = GRPOTrainer(
+        tiny_model(), reward_funcs=reward, args=config, train_dataset=table, processing_class=TOKENIZER
+    )
+    trainer.rollout_func = rollouts
+    trainer.model.train()
+    output = trainer._generate_and_score_completions([dict(table[n // 2]) for n in range(4)])
+    assert seen["prompts"] == 4
+    assert output["tool_mask"].tolist() == [[1, 0, 1]] * 4 and output["num_items_in_batch"] == 8
+    assert output["advantages"].shape == (4,) and "old_per_token_logps" not in output
+    assert trainer._metrics["train"]["completions/clipped_ratio"] == [1.0]  # what we replace
+    assert not trainer.mask_truncated_completions and trainer.eos_token_ids
