@@ -37,9 +37,10 @@ KEYS = (
 
 
 def make(folder: Path, name: str, rows: int, accumulation: int, **changes):
-    """Three epochs of 19 pairs: the last batch of each has three, so two processes must fill it up with repeats."""
+    """Two epochs of 19 pairs: the last batch of each has three, so two processes must fill it up with repeats."""
     case = CASES[name] | changes
     peft_config = case.pop("peft_config")() if "peft_config" in case else None
+    case = {"num_train_epochs": 2, **case}
     spread = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
     return unlearn(folder, forget=chats(19), retain=chats(23, start=100), peft_config=peft_config, **spread, **case)
 
