@@ -236,7 +236,8 @@ class StableUnlearnTrainer(UnlearnTrainer):
                 raise RunFolderError(
                     f"{self._resumed_from}: has no {path.name}. Resume in as many processes as before."
                 )
-            self._average = torch.load(path, map_location=self.accelerator.device)
+            stored = torch.load(path, map_location="cpu")  # DDP on a CPU calls its device cpu:0, which torch refuses
+            self._average = [tensor.to(self.accelerator.device) for tensor in stored]
             self._resumed_from = None
         if self._average is None:
             self._average = [tensor.clone() for tensor in space.tensors]
