@@ -66,6 +66,9 @@ bench: install ## speed and memory against the plain way, as ratios; writes runs
 	$(BIN)/python benchmarks/token_stats.py
 	$(BIN)/python benchmarks/glow_step.py
 	$(BIN)/python benchmarks/sandbox.py
+	$(BIN)/python benchmarks/rollout.py
+	$(BIN)/python benchmarks/grading.py
+	$(BIN)/python benchmarks/unlearning_step.py
 
 lock: ## renew requirements/cpu.lock (needs uv)
 	uv pip compile pyproject.toml requirements/cpu.in --extra dev --extra deepspeed \

@@ -42,6 +42,12 @@ class Stub(ThreadingHTTPServer):
     def url(self):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
+    def wait_for(self, requests):
+        deadline = time.monotonic() + 60
+        while len(self.bodies) < requests:
+            assert time.monotonic() < deadline, f"{len(self.bodies)} of {requests} requests arrived"
+            time.sleep(0.01)
+
 
 class StubHandler(BaseHTTPRequestHandler):
     server: Stub
@@ -239,10 +245,12 @@ def test_iterator_and_engine_closed_while_requests_hang(connect, stub):
     stub.script = ["good", "hang", "hang"]
     results = engine.generate(ask(3))
     next(results)
+    stub.wait_for(3)  # a request still on its way would take its step from the next script
     results.close()
     stub.script = ["good", "hang"]
     results = engine.generate(ask(2))
     next(results)
+    stub.wait_for(5)
     engine.close()
     engine.close()
     with pytest.raises(GenerationError, match="closed while it generated"):
