@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
+# Without bytecode files (containers often say so) every stage would compile torch, transformers and vLLM anew: 10 s each.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help install test test-slow test-gpu lint types wheel demo demo-controls demo-tools demo-forget real bench lock clean
 

@@ -27,12 +27,11 @@ from ..core.progress import progress
 from ..core.recipe import Section, build, plain
 from ..core.run_folder import RunFolder, write_atomic
 from ..core.token_stats import ScoredSequence, score_tokens
-from .path_dependence import audit
+from .path_dependence import AUDIT_FILE, audit
 from .suite_base import NO_MODEL, ROWS_FILE, SCORES_FILE
 from .unlearning_data import SPEC_HELP, Text, encode_answer, read_set, text_of
 from .unlearning_measure import measured
 
-AUDIT_FILE = "audit.json"
 # Keys of a training recipe that may differ between the paths of one method: everything else must be the same.
 MAY_DIFFER = {"model_name_or_path", "output_dir", "seed", "data_seed", "run_name"}
 

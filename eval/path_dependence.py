@@ -14,6 +14,7 @@ from scipy import stats
 
 from ..core.errors import DataError
 
+AUDIT_FILE = "audit.json"
 DEEP, SUPERFICIAL, NONE = "deep", "superficial", "nothing forgotten"
 
 

@@ -27,7 +27,7 @@ from ..core.progress import Bar, progress
 from ..core.recipe import plain
 from ..core.run_folder import RunFolder, write_atomic
 from ..core.token_stats import ScoredSequence, score_tokens
-from .relearning_curve import ORIGINAL, RETRAINED, relearning_scores
+from .relearning_curve import CURVES_FILE, ORIGINAL, RETRAINED, UNLEARNED, relearning_scores
 from .suite_base import NO_MODEL, SCORES_FILE
 from .unlearning_data import SPEC_HELP, Text, encode_answer, encode_text, is_here, messages_of, read_set, text_of
 from .unlearning_measure import text_row
@@ -36,9 +36,7 @@ from .unlearning_metrics import probability
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CURVES_FILE = "curves.jsonl"
 METRICS = ("probability", "extraction_strength", "exact_memorisation")
-UNLEARNED = "unlearned"  # name of the model where the recipe names one only
 
 
 @dataclass(kw_only=True)

@@ -18,6 +18,8 @@ import numpy as np
 from ..core.errors import DataError
 from .uncertainty import mean_over_seeds
 
+CURVES_FILE = "curves.jsonl"
+UNLEARNED = "unlearned"  # name of the attacked model where the recipe names one only
 ORIGINAL, RETRAINED = "original", "retrained"  # arms that are no attack on an unlearned model
 
 

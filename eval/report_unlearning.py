@@ -5,9 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from . import report_figures as figures
-from .path_audit import AUDIT_FILE
-from .relearning import CURVES_FILE, UNLEARNED
-from .relearning_curve import RETRAINED, curve_points
+from .path_dependence import AUDIT_FILE
+from .relearning_curve import CURVES_FILE, RETRAINED, UNLEARNED, curve_points
 from .report_results import Run
 from .scores import SCORES_FILE
 from .uncertainty import mean_over_seeds
