@@ -38,6 +38,7 @@ LANDLOCK_NEEDED = 3  # older versions let anyone truncate any file
 MOST_THREADS = 32
 MOST_OPEN_FILES = 128
 MOST_FILES = 10_000
+BEHIND = "/behind"  # where folders below /tmp can be seen besides, so that a session's own /tmp can show them again
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,20 @@ def enter_root(paths: list[str]) -> None:
         else:
             os.makedirs(path, exist_ok=True)
             flags |= kernel.NO_DEVICES
-        kernel.bind("/old" + source, path)
-        kernel.restrict_mount(path, flags)
+        _show("/old" + source, path, flags)
+        if path.startswith("/tmp/"):
+            os.makedirs(BEHIND + path)
+            _show("/old" + source, BEHIND + path, flags)
     kernel.detach("/old")
     os.rmdir("/old")
     os.makedirs("/tmp", exist_ok=True)
     kernel.restrict_mount("/", kernel.READ_ONLY)
     socket.sethostname("sandbox")
+
+
+def _show(source: str, path: str, flags: int) -> None:
+    kernel.bind(source, path)
+    kernel.restrict_mount(path, flags)
 
 
 def check_and_prepare(isolation: Isolation) -> None:
@@ -199,12 +207,16 @@ def enclose(isolation: Isolation, limits: Limits, base_bytes: int, nobody: bool)
     parent = os.getppid()
     if isolation == "namespaces":
         kernel.unshare(kernel.NEW_MOUNTS)
+        hidden = [path for path in readable_paths() if path.startswith("/tmp/")]  # Python itself may stand there
         owner = f",uid={NOBODY},gid={NOBODY}" if nobody else ""
         kernel.mount_tmpfs(
             "/tmp",
             f"mode=700,size={limits.disk_mb}m,nr_inodes={MOST_FILES}{owner}",
             kernel.NO_SETUID | kernel.NO_DEVICES | kernel.NO_PROGRAMS,
         )
+        for path in hidden:
+            os.makedirs(path)
+            _show(BEHIND + path, path, kernel.READ_ONLY | kernel.NO_SETUID | kernel.NO_DEVICES)
         os.chdir("/tmp")
         if nobody:
             os.setgroups([])

@@ -107,6 +107,7 @@ class ToolProtocol:
         control = sorted({*vocabulary, *tokenizer.all_special_tokens}, key=len, reverse=True)
         control = [text for text in control if len(text) > 1 and not text.isspace()]
         self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
+        self._check()
 
     def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return the messages as they are asked with this protocol: the `prompt` of the row."""
@@ -197,6 +198,9 @@ class ToolProtocol:
         return str(self.tokenizer.name_or_path or "this tokenizer")
 
     def _check(self) -> None:
+        """Refuse a chat template that cannot serve this protocol; called at the end of `__init__`."""
+
+    def _check_replies(self) -> None:
         """Refuse a template that drops what a tool answered.
 
         Raises:
@@ -233,15 +237,6 @@ class TemplateProtocol(ToolProtocol):
 
     tools = TOOLS
 
-    def __init__(
-        self,
-        tokenizer: "PreTrainedTokenizerBase",
-        end_ids: Collection[int] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ):
-        super().__init__(tokenizer, end_ids, chat_template_kwargs)
-        self._check()
-
     def _check(self) -> None:
         if self.tokenizer.chat_template:
             try:
@@ -255,7 +250,7 @@ class TemplateProtocol(ToolProtocol):
                 raise ModelError(
                     f"{self._name}: its chat template does not write calls between <tool_call> tags.{self._other}"
                 )
-        super()._check()
+        self._check_replies()
 
     @property
     def _other(self) -> str:
@@ -301,14 +296,8 @@ class CodeBlockProtocol(ToolProtocol):
 
     stop = ("\n```\n", "```output")
 
-    def __init__(
-        self,
-        tokenizer: "PreTrainedTokenizerBase",
-        end_ids: Collection[int] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ):
-        super().__init__(tokenizer, end_ids, chat_template_kwargs)
-        self._check()
+    def _check(self) -> None:
+        self._check_replies()
 
     def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """See `ToolProtocol.prompt`: the instruction follows the last user message."""

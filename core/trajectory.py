@@ -156,6 +156,11 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
         raise DataError(f"{path}: cannot tell its kind; use .jsonl, .jsonl.gz, .json or .parquet.")
 
 
+def is_file(source: str) -> bool:
+    """Whether a source of rows is a file (which may be missing), not a dataset on the hub."""
+    return Path(source).suffix in (".jsonl", ".gz", ".json", ".parquet") or Path(source).exists()
+
+
 def source_rows(data: str | list[str], split: str, subset: str | None) -> Iterator[tuple[str, dict]]:
     """Yield `("where", row)` of files, and of datasets on the hub, which may name a subset and split of their own.
 
@@ -163,7 +168,7 @@ def source_rows(data: str | list[str], split: str, subset: str | None) -> Iterat
         DataError: a file cannot be read, or the hub has no such dataset.
     """
     for source in [data] if isinstance(data, str) else data:
-        if Path(source).suffix in (".jsonl", ".gz", ".json", ".parquet") or Path(source).exists():
+        if is_file(source):
             yield from read_rows(source)
             continue
         name, *named = source.split(":")  # owner/name[:subset[:split]]

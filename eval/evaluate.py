@@ -27,13 +27,13 @@ from ..core.answer_extraction import Extract
 from ..core.errors import RecipeError
 from ..core.generation import Engine, EngineConfig, open_engine, read_checkpoint
 from ..core.grading import Grader, Kind
+from ..core.pass_at_k import check_k
 from ..core.recipe import Section, build, plain
 from ..core.rollout import RolloutConfig
 from ..core.run_folder import RunFolder
 from ..core.sandbox import Sandbox, SandboxConfig, open_sandbox
 from ..core.tool_protocol import ToolProtocol, open_protocol
 from ..core.trajectory import content_hash
-from .pass_at_k import check_k
 from .sampling import (
     SAMPLES_FILE,
     Job,

@@ -27,9 +27,10 @@ from ..core.progress import Bar, progress
 from ..core.recipe import plain
 from ..core.run_folder import RunFolder, write_atomic
 from ..core.token_stats import ScoredSequence, score_tokens
+from ..core.trajectory import is_file
 from .relearning_curve import CURVES_FILE, ORIGINAL, RETRAINED, UNLEARNED, relearning_scores
 from .suite_base import NO_MODEL, SCORES_FILE
-from .unlearning_data import SPEC_HELP, Text, encode_answer, encode_text, is_here, messages_of, read_set, text_of
+from .unlearning_data import SPEC_HELP, Text, encode_answer, encode_text, messages_of, read_set, text_of
 from .unlearning_measure import text_row
 from .unlearning_metrics import probability
 
@@ -152,7 +153,7 @@ class _Attack:
                 RunFolder.check(self.path, "eval", plain(config), inputs=self.inputs)
             print(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
             print("\n".join(f"{arm.name}: {config.steps[-1]} steps of {config.batch_size} rows" for arm in self.arms))
-            if all(is_here(spec) for spec in (config.forget, config.benign or config.forget)):
+            if all(is_file(spec) for spec in (config.forget, config.benign or config.forget)):
                 print(", ".join(f"{len(rows):,} rows of {name}" for name, rows in self._read().items()))
             print("Nothing was written.")
             return self.path

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ..core.pass_at_k import pass_at_k
 from ..core.trajectory import read_rows
 from . import report_figures as figures
-from .pass_at_k import pass_at_k
 from .report_ledger import describe_ledger
 from .scores import PROBLEMS_FILE, SCORES_FILE, percent, shown_metrics
 from .uncertainty import paired_difference

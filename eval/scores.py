@@ -15,9 +15,9 @@ import numpy as np
 from ..core.answer_comparison import normalise, parse_number, text_key
 from ..core.errors import RunFolderError
 from ..core.grading import Grader
+from ..core.pass_at_k import check_complete, check_k, g_pass_at_k, majority_at_k, pass_at_k
 from ..core.progress import progress
 from ..core.run_folder import write_atomic
-from .pass_at_k import check_complete, check_k, g_pass_at_k, majority_at_k, pass_at_k
 from .tool_use import TOOL_FACTS
 from .uncertainty import mean_interval, new_problems_error, resolvable, run_to_run_error
 

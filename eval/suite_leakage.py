@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import RecipeError
 from ..core.generation import SamplingConfig
-from .pass_at_k import check_k, pass_at_k
+from ..core.pass_at_k import check_k, pass_at_k
 from .suite_base import BaseSuite, Measured, Retrained, SuiteConfig
 from .uncertainty import mean_interval
 from .unlearning_data import SPEC_HELP, ask_chat, read_set, row_id, text_of

@@ -20,8 +20,8 @@ import yaml
 from ..core.generation import EngineConfig, read_checkpoint
 from ..core.recipe import Section, build, plain
 from ..core.run_folder import RunFolder, write_atomic
-from ..core.trajectory import content_hash
-from . import path_audit, relearning, tofu_logs
+from ..core.trajectory import content_hash, is_file
+from . import path_audit, relearning, scaling, tofu_logs
 from .quantisation import quantised_copy
 from .suite_base import NO_MODEL, ROWS_FILE, SCORES_FILE, Measured, RetrainedConfig, Suite, SuiteConfig, read_retrained
 from .suite_leakage import LeakageConfig, LeakageSuite
@@ -29,7 +29,6 @@ from .suite_memorisation import MemorisationConfig, MemorisationSuite
 from .suite_muse import MuseConfig, MuseSuite
 from .suite_tofu import TofuConfig, TofuSuite
 from .suite_wmdp import LETTERS, WmdpConfig, WmdpSuite
-from .unlearning_data import is_here
 from .unlearning_measure import answer_choices, generate, gradient_norms, local, opened, score_texts
 
 SUITES: dict[str, tuple[type[SuiteConfig], Any]] = {
@@ -43,6 +42,7 @@ STUDIES = {  # which do not ask one model once
     "relearning": (relearning.RelearningConfig, relearning.run),
     "path_dependence": (path_audit.PathAuditConfig, path_audit.run),
     "tofu_logs": (tofu_logs.TofuLogsConfig, tofu_logs.run),
+    "scaling": (scaling.ScalingConfig, scaling.run),
 }
 
 
@@ -160,7 +160,7 @@ class _SuiteRun:
         console = Console()
         recipe = yaml.safe_dump(self.resolved, sort_keys=False, allow_unicode=True).rstrip()
         console.print(Panel(escape(recipe), title="recipe"))
-        if not all(map(is_here, self.suite.sources().values())):
+        if not all(map(is_file, self.suite.sources().values())):
             console.print("Sets on the hub were not read.")
         else:
             self.suite.read()

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,12 +9,11 @@ import numpy as np
 from ..core.chat_encoding import encode_chat
 from ..core.errors import DataError, ModelError
 from ..core.generation import encode_prompt
-from ..core.trajectory import MAX_ERRORS_SHOWN, content_hash, final_text, read_rows
+from ..core.trajectory import MAX_ERRORS_SHOWN, content_hash, final_text, source_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DATA_SUFFIXES = (".jsonl", ".gz", ".json", ".parquet")
 SPEC_HELP = "A file, or a dataset on the hub as `owner/name:subset:split`."
 
 
@@ -64,7 +62,7 @@ def read_set(
     """
     rows: list[dict[str, Any]] = []
     faults: list[str] = []
-    for where, row in _source(spec, name):
+    for where, row in _named(name, source_rows(spec, "train", None)):
         if max_rows is not None and len(rows) >= max_rows:
             break
         row |= {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
@@ -84,33 +82,18 @@ def read_set(
     return rows
 
 
+def _named(name: str, rows: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Say in a source's error which set of the recipe it is."""
+    try:
+        yield from rows
+    except DataError as error:
+        raise DataError(f"`{name}`: {error}") from error
+
+
 def _has_content(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return bool(value) and all(_has_content(item) for item in value)
     return value is not None and (not isinstance(value, str) or bool(value.strip()))
-
-
-def _source(spec: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if spec.endswith(DATA_SUFFIXES) or Path(spec).exists():
-        yield from read_rows(spec)
-        return
-    from datasets import load_dataset
-
-    dataset, _, rest = spec.partition(":")
-    subset, _, split = rest.partition(":")
-    try:
-        table = load_dataset(dataset, subset or None, split=split or "train")
-    except Exception as error:
-        raise DataError(
-            f"`{name}`: {spec} is neither a file here nor a dataset that the hub could give ({type(error).__name__}: "
-            f"{str(error)[:200]}). {SPEC_HELP}"
-        ) from error
-    yield from ((f"{spec} row {i}", dict(row)) for i, row in enumerate(table))
-
-
-def is_here(spec: str) -> bool:
-    """Whether a set can be read without the network."""
-    return spec.endswith(DATA_SUFFIXES) or Path(spec).exists()
 
 
 def messages_of(question: Any) -> list[dict[str, Any]]:

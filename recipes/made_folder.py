@@ -67,7 +67,7 @@ def run_command(
     Args:
         module: its full name.
         about: its docstring.
-        config: the dataclass of its settings, each a number with a `help`.
+        config: the dataclass of its settings, each with a default and a `help`.
         make: called with the folder, the settings and `overwrite`.
         arguments: words of the command line; the process's own where they are None.
     """

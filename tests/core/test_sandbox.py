@@ -3,7 +3,9 @@
 import asyncio
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -320,3 +322,30 @@ def test_a_machine_without_user_namespaces_falls_back(tmp_path):
         pytest.skip(f"cannot be tried here: {run.stderr.splitlines()[-1]}")
     assert run.stdout.startswith("landlock 1\n")
     assert "not possible here: namespaces: new user namespaces are not allowed" in run.stdout
+
+
+def test_python_itself_below_tmp(tmp_path):
+    """A session has a /tmp of its own, yet must see a virtual environment that stands in the machine's."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+        packages = Path(folder, "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}", "site-packages")
+        (packages / "only_here.py").write_text("ANSWER = 42\n")
+        others = next(path for path in sys.path if path.endswith("site-packages"))
+        (packages / "others.pth").write_text(f"import site; site.addsitedir({others!r})\n")
+        cell = (
+            "import os, numpy, only_here\n"
+            "open('/tmp/mine', 'w').close()\n"
+            f"only_here.ANSWER, sorted(os.listdir('/tmp')), os.access({str(packages)!r}, os.W_OK)"
+        )
+        script = (
+            "from afterglow.core.sandbox import SandboxConfig\n"
+            "from afterglow.core.sandbox_local import LocalSandbox\n"
+            "with LocalSandbox(SandboxConfig(), ('namespaces',)) as sandbox, sandbox.session() as session:\n"
+            f"    print(session.run({cell!r}).output)\n"
+        )
+        run = subprocess.run(
+            [Path(folder, "bin", "python"), "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=120
+        )
+    if "allows no" in run.stderr or "not possible here: namespaces" in run.stderr + run.stdout:
+        pytest.skip("this machine allows no namespaces")
+    assert run.stdout.strip() == str((42, sorted(["mine", Path(folder).name]), False)), run.stderr

@@ -9,7 +9,7 @@ from afterglow.core.errors import DataError, RecipeError, RunFolderError
 from afterglow.core.grading import Grader
 from afterglow.core.recipe import read_recipe
 from afterglow.eval import evaluate
-from afterglow.eval.pass_at_k import majority_at_k
+from afterglow.core.pass_at_k import majority_at_k
 from afterglow.eval.scores import Sample, answer_classes, default_k, read_scores, same_mathematics, score
 
 

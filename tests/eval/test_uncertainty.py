@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import betabinom, ttest_1samp
 
 from afterglow.core.errors import DataError
-from afterglow.eval.pass_at_k import pass_at_k
+from afterglow.core.pass_at_k import pass_at_k
 from afterglow.eval.uncertainty import (
     holm,
     mean_interval,

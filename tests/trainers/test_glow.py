@@ -183,6 +183,7 @@ def test_training_never_builds_the_full_logits(tmp_path, monkeypatch):
     trainer = glow(tmp_path)
     monkeypatch.setattr(trainer.model.lm_head, "forward", lambda *_: pytest.fail("the LM head was called"))
     trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps
 
 
 def test_evaluation_while_training_touches_nothing(tmp_path):

@@ -12,36 +12,25 @@ from transformers import TrainerControl, TrainerState
 from afterglow.core.errors import DataError, RecipeError
 from afterglow.core.generation import Completion
 from afterglow.trainers import heldout
-from afterglow.trainers.heldout import HELDOUT_FILE, HeldoutEvaluation, pass_at_k, select, should_stop, summarise
+from afterglow.trainers.heldout import HELDOUT_FILE, HeldoutEvaluation, select, should_stop, summarise
 
 
 def row(step, score, tokens=100.0, truncated=0.0, error=0.02) -> dict:
     return {"step": step, "pass@k": score, "standard_error": error, "mean_tokens": tokens, "truncated": truncated}
 
 
-def test_pass_at_k_by_hand():
-    assert pass_at_k(4, 1, 2) == pytest.approx(0.5)  # 3 of 6 pairs hold the right one
-    assert pass_at_k(4, 0, 4) == 0 and pass_at_k(4, 3, 2) == 1
+def test_summary_by_hand():
     found = summarise({"a": 1, "b": 4}, tokens=80, truncated=2, samples=4, k=2)
     assert found["pass@k"] == 0.75 and found["pass@1"] == 5 / 8
     assert found["standard_error"] == pytest.approx(0.25)
     assert (found["mean_tokens"], found["truncated"]) == (10, 0.25)
 
 
-@pytest.mark.parametrize(
-    ("rows", "step"),
-    [
-        ([row(1, 0.5), row(2, 0.7), row(3, 0.6)], 2),
-        ([row(1, 0.69, 100), row(2, 0.70, 120)], 1),  # as good within the error, and shorter
-        ([row(1, 0.60, 100), row(2, 0.70, 120)], 2),  # shorter, but worse
-        ([row(1, 0.69, 100), row(2, 0.70, 114)], 2),  # not so much longer
-        ([row(1, 0.5, 80), row(2, 0.9, 80, truncated=0.2)], 1),  # good only at what was not cut
-        ([row(1, 0.5, truncated=0.3), row(2, 0.6, truncated=0.2)], 2),  # all cut: still the best
-        ([row(1, 0.7), row(2, 0.7)], 1),
-    ],
-)
-def test_the_checkpoint_that_solves_most_and_is_not_longer(rows, step):
-    assert select(rows)["step"] == step
+def test_the_row_of_the_selected_checkpoint():
+    rows = [row(1, 0.69, 100), row(2, 0.70, 120), row(3, 0.9, truncated=0.2)]
+    assert select(rows) == rows[0], "as good within the error, and shorter"
+    assert select(rows[2:]) is None, "cut"
+    assert select([]) is None
 
 
 def test_training_stops_after_so_many_checkpoints_without_a_new_best():
@@ -131,6 +120,17 @@ def test_a_stop_is_remembered(problems, tmp_path, monkeypatch):
     (tmp_path / "checkpoint-2").rmdir()
     evaluation.on_train_begin(args, state, control)
     assert state.best_model_checkpoint == str(tmp_path / "checkpoint-4"), "one that is still there"
+
+
+def test_a_training_whose_samples_are_all_cut_says_so(problems, tmp_path):
+    args = SimpleNamespace(output_dir=str(tmp_path), heldout_patience=None, **problems, heldout_columns={})
+    (tmp_path / HELDOUT_FILE).write_text(json.dumps(row(2, 0.5, truncated=0.06)) + "\n")
+    (tmp_path / "checkpoint-2").mkdir()
+    evaluation, state, control = HeldoutEvaluation(args, 0), TrainerState(global_step=2), TrainerControl()
+    evaluation.on_train_begin(args, state, control)
+    assert state.best_model_checkpoint is None
+    with pytest.warns(UserWarning, match="none was selected and the last weights remain"):
+        evaluation.on_train_end(args, state, control)
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,7 @@ def test_training_never_builds_the_full_logits(tmp_path, monkeypatch):
     trainer = unlearn(tmp_path, max_steps=1)
     monkeypatch.setattr(trainer.model.lm_head, "forward", lambda *_: pytest.fail("the LM head was called"))
     trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_logits_are_built_where_answers_are(tmp_path):

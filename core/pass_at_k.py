@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import gammaln
 from scipy.stats import hypergeom
 
-from ..core.errors import DataError, RecipeError
+from .errors import DataError, RecipeError
 
 MAX_NAMES_SHOWN = 5
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from afterglow.core.errors import DataError, RecipeError
-from afterglow.eval.pass_at_k import check_complete, check_k, g_pass_at_k, majority_at_k, pass_at_k
+from afterglow.core.pass_at_k import check_complete, check_k, g_pass_at_k, majority_at_k, pass_at_k
 
 
 @pytest.mark.parametrize(
