@@ -5,7 +5,7 @@ Pure functions that scan each text a constant number of times, so that a hostile
 
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Segmentation = Literal["paragraph", "sentence", "lcot2tree"]
 
@@ -15,11 +15,21 @@ _ANALYSIS = re.compile(r"<\|channel\|>analysis<\|message\|>(.*?)(?=<\|end\|>|<\|
 _DELIMITER = re.compile(r"```|~~~|\$\$|(?<!\\)\\\[|(?<!\\)\\\]|\\begin\{[a-zA-Z]+\*?\}|\\end\{[a-zA-Z]+\*?\}")
 _PARAGRAPH_END = re.compile(r"\n\s*\n\s*")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'”’)\]*_])\s+|\n\s*")
+_HEADING = re.compile(r"#{1,6} .*|\*\*[^*]+\*\*")
 # Where LCoT2Tree (2505.22148) cuts: before any of these, as they are written here.
 _LCOT2TREE_START = re.compile(
     "Alternatively|Wait, no|Hmm|But wait|Let me verify|let's verify|Or wait|To verify|Wait|Verify|Let's confirm"
     "|Let's check|Another example|But let's|No:|no:"
 )
+
+
+class TextSpan(NamedTuple):
+    """A part of a completion: characters `start` to `end` of `completion[message][key]`."""
+
+    message: int
+    key: str
+    start: int
+    end: int
 
 
 def reasoning_text(completion: list[dict]) -> str:
@@ -28,26 +38,31 @@ def reasoning_text(completion: list[dict]) -> str:
     A block is a message's own reasoning field, the text between think tags, or the analysis channel of gpt-oss. A
     block that never closes runs to the end of its turn; one that was opened inside the prompt starts its turn.
     """
-    turns = [message for message in completion if message["role"] == "assistant"]
-    blocks = [_reasoning_block(message) for message in turns]
-    if all(block is None for block in blocks):
-        blocks = [message.get("content") for message in turns]
-    return "\n\n".join(block.strip() for block in blocks if block and block.strip()).replace("’", "'")
+    spans = reasoning_spans(completion)
+    blocks = ((completion[span.message].get(span.key) or "")[span.start : span.end].strip() for span in spans)
+    return "\n\n".join(block for block in blocks if block).replace("’", "'")
 
 
-def _reasoning_block(message: dict) -> str | None:
-    """The marked reasoning of one turn; None if nothing is marked, empty if a block is there and empty."""
-    if field := next((message[key] for key in _REASONING_KEYS if message.get(key)), None):
-        return field
+def reasoning_spans(completion: list[dict]) -> list[TextSpan]:
+    """Return where the text of `reasoning_text` stands, in order."""
+    turns = [i for i, message in enumerate(completion) if message["role"] == "assistant"]
+    marked = [_reasoning_block(i, completion[i]) for i in turns]
+    if all(spans is None for spans in marked):
+        return [TextSpan(i, "content", 0, len(completion[i].get("content") or "")) for i in turns]
+    return [span for spans in marked for span in spans or ()]
+
+
+def _reasoning_block(index: int, message: dict) -> list[TextSpan] | None:
+    """The marked reasoning of one turn; None if nothing is marked, an empty span if a block is there and empty."""
+    if key := next((key for key in _REASONING_KEYS if message.get(key)), None):
+        return [TextSpan(index, key, 0, len(message[key]))]
     content = message.get("content") or ""
-    closed = content.rfind("</think>")
-    if closed >= 0:
-        opened = content.find("<think>", 0, closed)
-        return content[opened + len("<think>") if opened >= 0 else 0 : closed]
-    if "<think>" in content:
-        return content.partition("<think>")[2]
-    analysis = _ANALYSIS.findall(content)
-    return "\n\n".join(analysis) if analysis else None
+    closed, opened = content.rfind("</think>"), content.find("<think>")
+    if closed >= 0 or opened >= 0:
+        start = opened + len("<think>") if 0 <= opened < (closed if closed >= 0 else len(content)) else 0
+        return [TextSpan(index, "content", start, closed if closed >= 0 else len(content))]
+    analysis = [TextSpan(index, "content", *match.span(1)) for match in _ANALYSIS.finditer(content)]
+    return analysis or None
 
 
 def word_count(completion: list[dict]) -> int:
@@ -61,17 +76,23 @@ def word_count(completion: list[dict]) -> int:
 
 
 def split_steps(text: str, segmentation: Segmentation = "paragraph", min_chars: int = 30) -> list[str]:
-    """Cut reasoning into steps.
+    """Cut reasoning into steps: the text of `step_spans`."""
+    return [text[start:end] for start, end in step_spans(text, segmentation, min_chars)]
+
+
+def step_spans(text: str, segmentation: Segmentation = "paragraph", min_chars: int = 30) -> list[tuple[int, int]]:
+    """Return where the steps of a reasoning text start and end, without the white space around them.
 
     Args:
         text: what `reasoning_text` returned.
         segmentation: `paragraph` cuts at blank lines, `sentence` at the ends of sentences and lines, `lcot2tree`
             before the words of LCoT2Tree (2505.22148). None of them cuts inside a code fence or display math.
         min_chars: a shorter piece belongs to the step before it (a short first piece to the one after it);
-            `lcot2tree` does not cut before the running step is longer than this.
+            `lcot2tree` does not cut before the running step is longer than this. A line that only announces what
+            follows ("Alternative plan:", a heading) belongs to the step after it, however long it is.
 
     Returns:
-        Steps in order, stripped; none for an empty text.
+        Spans in order; none for an empty text.
     """
     if segmentation == "lcot2tree":
         marks = [match.start() for match in _LCOT2TREE_START.finditer(text)]
@@ -79,21 +100,30 @@ def split_steps(text: str, segmentation: Segmentation = "paragraph", min_chars: 
         ends = _PARAGRAPH_END if segmentation == "paragraph" else _SENTENCE_END
         marks = [match.end() for match in ends.finditer(text)]
     cuts = _outside(marks, _atomic_spans(text))
-    steps: list[tuple[int, int]] = []
     if segmentation == "lcot2tree":
-        start = 0
+        far: list[int] = []
         for cut in cuts:
-            if cut - start > min_chars:
-                steps.append((start, cut))
-                start = cut
-        steps.append((start, len(text)))
-    else:
-        for start, end in _pieces(text, cuts):
-            if steps and min(end - start, steps[-1][1] - steps[-1][0]) < min_chars:
-                steps[-1] = (steps[-1][0], end)
-            else:
-                steps.append((start, end))
-    return [step for start, end in steps if (step := text[start:end].strip())]
+            if cut - (far[-1] if far else 0) > min_chars:
+                far.append(cut)
+        return list(_pieces(text, far))
+    steps: list[tuple[int, int]] = []
+    announced = False  # the last step is so far only the line that announces it
+    for start, end in _pieces(text, cuts):
+        announces = _announces(text[start:end])
+        short = bool(steps) and not announces and min(end - start, steps[-1][1] - steps[-1][0]) < min_chars
+        if announced or short:
+            steps[-1] = (steps[-1][0], end)
+        else:
+            steps.append((start, end))
+        announced = announces
+    if announced and len(steps) > 1 and steps[-1][1] - steps[-1][0] < min_chars:  # nothing follows it
+        steps[-2:] = [(steps[-2][0], steps[-1][1])]
+    return steps
+
+
+def _announces(piece: str) -> bool:
+    """Whether a piece is one line that only says what comes next."""
+    return "\n" not in piece and (piece.endswith((":", ":**")) or _HEADING.fullmatch(piece) is not None)
 
 
 def _pieces(text: str, cuts: list[int]) -> Iterator[tuple[int, int]]:

@@ -3,7 +3,7 @@ import random
 import pytest
 from filter_tables import dropped_ids, row, run_filter, table
 
-from afterglow.core.errors import RecipeError
+from afterglow.core.errors import DataError, RecipeError
 from afterglow.core.recipe import Section, build
 from afterglow.data_filters import branching
 from afterglow.data_filters.branching import BranchingConfig, branching_scores, select_rows, spearman
@@ -28,6 +28,7 @@ def test_hand_computed_scores():
         "branch_ratio": [1 / 4, 1.0, 0.0, None],
         "branch_per_1k_words": [1000 / 32, 2000 / 16, 0.0, None],
         "n_steps": [4, 2, 1, None],
+        "branch_run": [1, 2, 0, None],
         "n_branch": [1, 2, 0, None],
         "n_backtrack": [1, 0, 0, None],
         "n_verify": [1, 0, 0, None],
@@ -45,6 +46,8 @@ def test_the_classes_are_kept_apart():
     [
         "Perhaps", "PERHAPS we can", "so, alternatively, count", "Another approach:", "another\nway", "What if x?",
         "Maybe we can", "or maybe not", "Let’s try 3", "let me try that", "On second thought", "Let me reconsider",
+        "Alternative plan:", "Alternative: feast", "so maybe the sum", "instead of putting it down",
+        "a different angle", "Let's try to create one",
     ],
 )  # fmt: skip
 def test_branching_words(text, tmp_path):
@@ -54,7 +57,18 @@ def test_branching_words(text, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["another 5 apples", "maybe", "nevertheless", "a letter me trying", "hyperhaps", "3 instead of 4", "even so"],
+    [
+        "another 5 apples",
+        "maybes",
+        "nevertheless",
+        "a letter me trying",
+        "hyperhaps",
+        "3 instead of 4",
+        "even so",
+        "Okay, let me try to figure out the sum",
+        "the alternative is worse",
+        "a different number",
+    ],
 )
 def test_words_that_only_look_like_branching(text):
     assert ratio_of(text) == 0
@@ -93,7 +107,7 @@ def test_quantile_drops_the_most_branching(tmp_path):
     assert dropped_ids(rows, result) == dict.fromkeys(["r8", "r9"], "among the most branching 20%")
     assert result.scores["branch_ratio"] == [i / 10 for i in range(10)]
     report = result.report
-    assert report["highest_kept_ratio"] == 0.7 and report["scored"] == 10 and report["without_a_branch"] == 1
+    assert report["highest_kept_score"] == 0.7 and report["scored"] == 10 and report["without_a_branch"] == 1
     assert report["by_source"]["a"]["mean_branch_ratio"] == pytest.approx(0.4)
     assert {source: of["dropped"] for source, of in report["by_source"].items()} == {"a": 1, "b": 1}
     assert sum(report["histogram"]["counts"]["a"]) == 5
@@ -122,6 +136,8 @@ def test_rows_without_reasoning_have_none_and_stay(tmp_path):
         result = run_filter(branching, rows, config, tmp_path)
         assert result.scores["branch_ratio"][0] is None and 0 not in result.dropped
         assert result.report["without_reasoning"] == 1
+    strict = run_filter(branching, rows, BranchingConfig(keep_ratio=0.5, without_score="drop"), tmp_path)
+    assert dropped_ids(rows, strict) == {"empty": "no reasoning", "r9": "among the most branching 50%"}
     only_empty = run_filter(branching, rows[:1], BranchingConfig(), tmp_path)
     assert only_empty.dropped == {} and only_empty.report["mean_branch_ratio"] is None
 
@@ -131,6 +147,47 @@ def test_per_problem_keeps_the_least_branching():
     ids, problems = list("fedcba"), ["p", "p", "p", "p", "q", "r"]
     dropped = select_rows(ratios, ids, problems, BranchingConfig(select="per_problem"))
     assert dropped == dict.fromkeys([0, 1], "not the least branching of its problem")
+
+
+def test_a_run_of_branches_is_the_longest_one():
+    text = steps(BRANCH, PLAIN, BRANCH, BRANCH, BRANCH, PLAIN, BRANCH)
+    assert branching_scores([text], BranchingConfig())["branch_run"] == [3]
+
+
+def paired_rows():
+    """Problem p: 4 and 2 steps of the reference (mean 3); 6 and 3 steps of r1. Problem q: 2 of each."""
+    made = (("p", "oss", 4), ("p", "oss", 2), ("p", "r1", 6), ("p", "r1", 3), ("q", "oss", 2), ("q", "r1", 2))
+    return [
+        row(f"{i}", steps(*[PLAIN] * count), problem_id=problem, source=source)
+        for i, (problem, source, count) in enumerate(made)
+    ]
+
+
+def test_step_excess_compares_with_the_reference_of_the_same_problem(tmp_path):
+    config = BranchingConfig(proxy="step_excess", reference="oss", keep_ratio=0.8)
+    rows = paired_rows()
+    result = run_filter(branching, rows, config, tmp_path)
+    assert result.scores["step_excess"] == pytest.approx([1 / 3, -1 / 3, 1.0, 0.0, 0.0, 0.0])
+    assert set(dropped_ids(rows, result)) == {"2"}
+    strict = BranchingConfig(proxy="step_excess", reference="oss", select="threshold", threshold=0.3)
+    assert dropped_ids(rows, run_filter(branching, rows, strict, tmp_path)) == dict.fromkeys(
+        "02", "step_excess above 0.3"
+    )
+    even = BranchingConfig(proxy="step_excess", reference="oss", keep_ratio=0.1)
+    assert set(dropped_ids(rows, run_filter(branching, rows, even, tmp_path))) == {"0", "2"}, "no excess, no drop"
+
+
+@pytest.mark.parametrize("reference", ["oss", "nobody"])
+def test_step_excess_without_pairs_says_what_is_missing(reference, tmp_path):
+    rows = [*paired_rows(), row("x", PLAIN, problem_id="lone", source="r1")]
+    missing = "1 of 3" if reference == "oss" else "3 of 3"
+    with pytest.raises(DataError, match=f"{missing} problem.*`reference` '{reference}', such as 'lone'.*oss, r1"):
+        run_filter(branching, rows, BranchingConfig(proxy="step_excess", reference=reference), tmp_path)
+
+
+def test_bare_answers_are_counted(tmp_path):
+    report = run_filter(branching, [row("a", "4"), *ten_rows()], BranchingConfig(), tmp_path).report
+    assert report["of_one_step"] == 1
 
 
 def test_threshold_keeps_what_equals_it():
@@ -173,6 +230,8 @@ def test_the_order_of_the_rows_does_not_matter(config, tmp_path):
         ({"segmentation": "word"}, "paragraph, sentence, lcot2tree"),
         ({"branch_keywords": ["perhaps("]}, "`branch_keywords`: 'perhaps\\(' is not a regular expression"),
         ({"verify_keywords": ["Check"]}, "`verify_keywords`: write 'Check' in lower case"),
+        ({"proxy": "step_excess"}, "`reference` and `proxy: step_excess` go together"),
+        ({"reference": "r1"}, "`reference` and `proxy: step_excess` go together"),
         ({"branch_keywords": []}, "`branch_keywords` is empty"),
     ],
 )

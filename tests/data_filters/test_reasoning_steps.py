@@ -1,6 +1,6 @@
 import pytest
 
-from afterglow.data_filters.reasoning_steps import reasoning_text, split_steps, word_count
+from afterglow.data_filters.reasoning_steps import reasoning_spans, reasoning_text, split_steps, step_spans, word_count
 
 
 def said(content=None, **fields):
@@ -39,6 +39,26 @@ LONG = "This step is longer than thirty characters."
 def test_paragraphs_are_cut_at_blank_lines_and_short_ones_join_the_step_before():
     text = f"Short start.\n\n{LONG}\n\n \nHm.\n\n{LONG} Two."
     assert split_steps(text) == [f"Short start.\n\n{LONG}\n\n \nHm.", f"{LONG} Two."]
+
+
+def test_a_line_that_announces_a_step_begins_it():
+    heading = "**Step 2: the long way round, twice**"
+    text = f"{LONG}\n\nNo.\n\nAlternative plan:\n\n1. Attack a.\n\n{LONG}\n\n{heading}\n\n{LONG}"
+    assert split_steps(text) == [
+        f"{LONG}\n\nNo.",
+        "Alternative plan:\n\n1. Attack a.",
+        LONG,
+        f"{heading}\n\n{LONG}",
+    ]
+    assert split_steps(f"## One\n\nTwo:\n\n{LONG}") == [f"## One\n\nTwo:\n\n{LONG}"]
+    assert split_steps(f"{LONG}\n\nSo:") == [f"{LONG}\n\nSo:"], "nothing follows"
+
+
+def test_spans_are_places_in_the_completion():
+    completion = [said("<think>one</think>call"), {"role": "tool", "content": "x"}, said("done", reasoning="two")]
+    spans = reasoning_spans(completion)
+    assert [completion[s.message][s.key][s.start : s.end] for s in spans] == ["one", "two"]
+    assert step_spans(f"  {LONG}\n\n{LONG} ") == [(2, 2 + len(LONG)), (4 + len(LONG), 4 + 2 * len(LONG))]
 
 
 @pytest.mark.parametrize(
