@@ -1,8 +1,9 @@
 """`afterglow compare A B ...`: do these runs differ, problem by problem, and could the benchmark tell?
 
-The first folder is the baseline. Every difference is paired (the same problems), comes with its 95% interval over new
-problems of this kind and a sign-flip p-value, and all p-values of the table are adjusted together (Holm). Beside it
-stands what the comparison could have found at all.
+The first folder is the baseline. A single folder whose tasks were asked with and without tools is compared with itself:
+text-only is the baseline. Runs that share a task but no mode of it are compared across modes. Every difference is
+paired (the same problems), comes with its 95% interval over new problems of this kind and a sign-flip p-value, and all
+p-values of the table are adjusted together (Holm). Beside it stands what the comparison could have found at all.
 """
 
 import json
@@ -39,18 +40,18 @@ def run_compare(folders: Sequence[str], k: Sequence[int] | None = None, output_d
     """Print the comparison of finished evaluations with the first of them.
 
     Args:
-        folders: run folders of `afterglow eval`, the baseline first.
+        folders: run folders of `afterglow eval`, the baseline first; or one with both modes.
         k: which pass@k to compare; default: 1 and the largest that both runs can answer.
         output_dir: where compare.json and compare.html are written; nowhere by default.
 
     Raises:
-        RecipeError: fewer than two folders, or a k above n.
+        RecipeError: one folder with a single mode, or a k above n.
         RunFolderError: a folder is no finished evaluation.
         DataError: the runs have no task in common, or other problems or another version of one.
     """
-    if len(folders) < 2:
-        raise RecipeError("afterglow compare needs at least two folders of evaluations, the baseline first.")
     runs = [read_evaluation(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    if len(runs) == 1:
+        runs = by_mode(runs[0])
     found = compare(runs, k)
     _show(found)
     if output_dir is not None:
@@ -78,6 +79,43 @@ def read_evaluation(folder: str | Path, name: str) -> Evaluation:
     return Evaluation(name, read_scores(path), problems)
 
 
+def by_mode(run: Evaluation) -> list[Evaluation]:
+    """Split an evaluation of both modes in two, text-only first.
+
+    Raises:
+        RecipeError: it has one mode only.
+    """
+    labels: dict[str, list[str]] = {}
+    for label, of in run.scores.items():
+        labels.setdefault(of.get("mode", "none"), []).append(label)
+    if len(labels) < 2:
+        raise RecipeError(
+            f"afterglow compare: {run.name} has one mode. Give at least two folders of evaluations, the baseline "
+            "first, or one whose tasks were asked with `tools: [none, python]`."
+        )
+    return [
+        Evaluation(
+            run.name if mode == "none" else f"{run.name} +{mode}",
+            {label: run.scores[label] for label in of_mode},
+            {label: run.problems[label] for label in of_mode},
+        )
+        for mode, of_mode in sorted(labels.items(), key=lambda item: item[0] != "none")
+    ]
+
+
+def _pairs(first: Evaluation, second: Evaluation) -> list[tuple[str, str]]:
+    """Return which scores are compared: those of one name; of tasks that share none, one mode with the other."""
+    found = [(label, label) for label in first.scores if label in second.scores]
+    tasks = [{label: of.get("task", label) for label, of in run.scores.items()} for run in (first, second)]
+    paired = {tasks[0][label] for label, _ in found}
+    return found + [
+        (one, other)
+        for one, task in tasks[0].items()
+        for other, of_task in tasks[1].items()
+        if task == of_task and task not in paired
+    ]
+
+
 def compare(runs: Sequence[Evaluation], k: Sequence[int] | None = None) -> dict[str, Any]:
     """Compare evaluations with the first of them; see `run_compare`. What is returned is compare.json."""
     baseline, *others = runs
@@ -85,17 +123,18 @@ def compare(runs: Sequence[Evaluation], k: Sequence[int] | None = None) -> dict[
     flips: list[dict[str, Any]] = []
     unmatched: dict[str, list[str]] = {}
     for other in others:
-        common = [task for task in baseline.scores if task in other.scores]
-        if not common:
+        pairs = _pairs(baseline, other)
+        if not pairs:
             raise DataError(
                 f"{baseline.name} has {', '.join(baseline.scores)}, {other.name} has {', '.join(other.scores)}: no "
                 "task in common. Evaluate both on the same tasks."
             )
-        if odd := sorted(baseline.scores.keys() ^ other.scores.keys()):
+        compared = [set(labels) for labels in zip(*pairs, strict=True)]
+        if odd := sorted((baseline.scores.keys() - compared[0]) | (other.scores.keys() - compared[1])):
             unmatched[other.name] = odd
-        for task in common:
-            rows += _differences(task, baseline, other, k)
-            flips.append(_flips(task, baseline, other))
+        for labels in pairs:
+            rows += _differences(labels, baseline, other, k)
+            flips.append(_flips(labels, baseline, other))
     for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = adjusted
     return {
@@ -104,19 +143,26 @@ def compare(runs: Sequence[Evaluation], k: Sequence[int] | None = None) -> dict[
     }  # fmt: skip
 
 
-def _differences(task: str, first: Evaluation, second: Evaluation, k: Sequence[int] | None) -> list[dict[str, Any]]:
-    versions = [run.scores[task].get("version") for run in (first, second)]
+def _title(labels: tuple[str, str]) -> str:
+    return labels[0] if labels[0] == labels[1] else " → ".join(labels)
+
+
+def _differences(
+    labels: tuple[str, str], first: Evaluation, second: Evaluation, k: Sequence[int] | None
+) -> list[dict[str, Any]]:
+    task, runs = _title(labels), list(zip((first, second), labels, strict=True))
+    versions = [run.scores[label].get("version") for run, label in runs]
     if versions[0] != versions[1]:
         raise DataError(
             f"{task}: {first.name} has version {versions[0]}, {second.name} version {versions[1]}; their scores do not "
             "compare. Run the older one again."
         )
-    n = [run.scores[task]["n"] for run in (first, second)]
+    n = [run.scores[label]["n"] for run, label in runs]
     sizes = sorted(set(k)) if k else sorted({1, min(n)})
     check_k(sizes, min(n))
     rows = []
     for size in sizes:
-        solved = [_solve_rates(run.problems[task], size) for run in (first, second)]
+        solved = [_solve_rates(run.problems[label], size) for run, label in runs]
         try:
             interval = paired_difference(*solved)
         except DataError as error:
@@ -130,7 +176,7 @@ def _differences(task: str, first: Evaluation, second: Evaluation, k: Sequence[i
                 "difference": interval.value, "low": interval.low, "high": interval.high, "method": interval.method,
                 "se": error, "p": sign_flip_test(values), "resolvable": resolvable(error) if error else None,
                 "problems_needed": problems_needed(interval.value, error, len(values)) if error else None,
-                "mean_tokens": [run.scores[task]["mean_tokens"] for run in (first, second)],
+                "mean_tokens": [run.scores[label]["mean_tokens"] for run, label in runs],
             }
         )  # fmt: skip
     return rows
@@ -140,17 +186,17 @@ def _solve_rates(problems: Mapping[str, Mapping[str, Any]], k: int) -> dict[str,
     return {name: float(pass_at_k(row["n"], [row["correct"]], k)[0]) for name, row in problems.items()}
 
 
-def _flips(task: str, first: Evaluation, second: Evaluation) -> dict[str, Any]:
+def _flips(labels: tuple[str, str], first: Evaluation, second: Evaluation) -> dict[str, Any]:
     """Which problems are solved more or less often, the largest changes first."""
     changes = []
-    for name, before in first.problems[task].items():
-        after = second.problems[task][name]
+    for name, before in first.problems[labels[0]].items():
+        after = second.problems[labels[1]][name]
         change = after["correct"] / after["n"] - before["correct"] / before["n"]
         counts = [[row["correct"], row["n"]] for row in (before, after)]
         changes.append({"problem_id": name, "change": change, "from": counts[0], "to": counts[1]})
     changes.sort(key=lambda found: (-abs(found["change"]), found["problem_id"]))
     return {
-        "task": task,
+        "task": _title(labels),
         "run": second.name,
         "better": sum(found["change"] > 0 for found in changes),
         "worse": sum(found["change"] < 0 for found in changes),

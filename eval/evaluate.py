@@ -274,7 +274,7 @@ class _Evaluation:
             label, k = label_of(task.name, mode), config.k or default_k(task.n)
             equal = same_mathematics(graders[task.name])
             scores[label], counts = score(samples[label], task.n, k, label, equal, config.workers)
-            scores[label]["version"] = task.version
+            scores[label] |= {"task": task.name, "mode": mode, "version": task.version}
             if label in calls:
                 scores[label]["tools"] = calls[label]
             rows += [{"task": label, **row} for row in counts]

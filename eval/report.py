@@ -5,24 +5,20 @@ filter steps, losses, a few samples, and what it takes to believe and repeat the
 """
 
 import json
-import zlib
-from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import RunFolderError
 from ..core.run_folder import write_atomic
-from ..core.trajectory import prompt_text, read_rows
-from .report_ledger import cut
 from .report_results import Run, describe_filter, describe_tasks, describe_training
+from .report_samples import examples, read_samples
 from .report_sweep import describe_sweeps
 from .report_unlearning import describe_unlearning, is_suite
 from .sampling import SAMPLES_FILE
 from .scores import SCORES_FILE
 
 REPORT_FILE = "report.html"
-EXAMPLES = 2  # of each kind, per task
 
 
 def run_report(folder: str | Path) -> Path:
@@ -42,18 +38,22 @@ def run_report(folder: str | Path) -> Path:
     evaluations = [
         run for run in runs if run.stage == "eval" and not is_suite(run) and (run.path / SCORES_FILE).exists()
     ]
+    samples = {run.name: read_samples(run.path / SAMPLES_FILE) for run in evaluations}
     page = environment.get_template("report.html.jinja").render(
         title=folder.resolve().name,
         when=_date(max(run.manifest["finished"] or run.manifest["started"] for run in runs)),
-        tasks=list(describe_tasks(evaluations)),
+        tasks=list(describe_tasks(evaluations, samples)),
         unlearning=describe_unlearning(runs),
         sweeps=list(describe_sweeps(folder)),
         filters=[describe_filter(run) for run in runs if run.stage == "filter" and (run.path / "steps.json").exists()],
         trainings=[describe_training(run) for run in runs if run.stage == "train"],
-        examples=[found for run in evaluations for found in _examples(run)],
+        examples=[
+            {"run": run, "task": task, "samples": list(examples(found))}
+            for run, tasks in samples.items() for task, found in tasks.items()
+        ],
         provenance=[_provenance(run) for run in runs],
         pipeline=_pipeline(folder),
-    )
+    )  # fmt: skip
     write_atomic(folder / REPORT_FILE, page)
     return folder / REPORT_FILE
 
@@ -76,50 +76,7 @@ def find_runs(folder: Path) -> list[Run]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# samples and provenance
-
-
-def _examples(run: Run) -> Iterator[dict[str, Any]]:
-    """Yield for each task a few right, wrong and cut-off samples, chosen by the hash of their id."""
-    path = run.path / SAMPLES_FILE
-    if not path.exists():
-        return
-    chosen: dict[str, dict[str, list[tuple[int, dict]]]] = {}
-    for _, row in read_rows(path):
-        kinds = chosen.setdefault(row.get("task") or row.get("group") or "samples", {})
-        found = kinds.setdefault(_kind(row), [])
-        found.append((zlib.crc32(row["id"].encode()), row))
-        found.sort(key=lambda item: item[0])
-        del found[EXAMPLES:]
-    for task, kinds in chosen.items():
-        samples = [
-            {"kind": kind, **_example(row)} for kind in ("right", "wrong", "cut off") for _, row in kinds.get(kind, [])
-        ]
-        yield {"run": run.name, "task": task, "samples": samples}
-
-
-def _kind(row: Mapping[str, Any]) -> str:
-    if row["correct"]:
-        return "right"
-    return "cut off" if row.get("finish_reason") == "length" else "wrong"
-
-
-def _example(row: Mapping[str, Any]) -> dict[str, Any]:
-    problem, turns = prompt_text(row["prompt"]), []
-    for message in row["completion"]:
-        text = message.get("content") or ""
-        thought, closed, rest = text.rpartition("</think>")
-        turns.append(
-            {
-                "role": message["role"],
-                "thought": cut(thought.replace("<think>", "").strip()) if closed else "",
-                "text": cut((rest if closed else text).strip()),
-            }
-        )
-    return {
-        "problem_id": row["problem_id"], "problem": cut(problem), "turns": turns, "gold": row.get("answer"),
-        "extracted": row.get("extracted"), "reason": row.get("reason"), "tokens": row.get("n_tokens"),
-    }  # fmt: skip
+# provenance
 
 
 def _provenance(run: Run) -> dict[str, Any]:

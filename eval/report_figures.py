@@ -99,6 +99,25 @@ def histogram(title: str, edges: Sequence[float], counts: Mapping[str, Sequence[
     return _finish(figure, axes, title, legend=len(counts) > 1)
 
 
+OUTCOMES = {"right": SERIES[2], "wrong": SERIES[7], "cut off": SERIES[5], "no verdict": SERIES[4]}
+
+
+def outcomes(title: str, edges: Sequence[float], counts: Mapping[str, Sequence[int]], xlabel: str) -> str:
+    """Draw a histogram of samples whose bars are stacked by outcome: `counts` is outcome -> counts in the bins."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _start(title)
+    base = np.zeros(len(edges) - 1)
+    for outcome, of_outcome in counts.items():
+        top = base + np.asarray(of_outcome)
+        axes.stairs(top, edges, baseline=base, color=OUTCOMES[outcome], fill=True, alpha=0.75, label=outcome)
+        base = top
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set(xlabel=xlabel, ylabel="samples")
+    return _finish(figure, axes, title)
+
+
 def few(groups: dict[str, list[int]]) -> dict[str, list[int]]:
     """Keep the largest groups of a histogram, and add up the others."""
     order = sorted(groups, key=lambda name: -sum(groups[name]))
@@ -190,6 +209,26 @@ def points(title: str, found: Mapping[str, Sequence[tuple[float, float, float]]]
         axes.errorbar(
             x[0], y[0], yerr=y_error, xerr=x_error, color=colour, marker="o", markersize=4, linewidth=1.2, label=label
         )
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    return _finish(figure, axes, title)
+
+
+def fitted(
+    title: str,
+    measured: Sequence[Sequence[float]],
+    curves: Mapping[str, Sequence[Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+) -> str:
+    """Draw measured points (x, y) and the curves fitted to them, (x, value, low, high) each, over log x."""
+    figure, axes = _start(title)
+    x, y = np.array(measured).T
+    axes.plot(x, y, color=INK, marker="o", markersize=3, linestyle="", alpha=0.5, label="measured")
+    for colour, (label, points) in zip(_colours(len(curves)), curves.items(), strict=True):
+        at, value, low, high = np.array(points).T
+        axes.fill_between(at, low, high, color=colour, alpha=0.16, linewidth=0)
+        axes.plot(at, value, color=colour, label=label)
+    axes.set_xscale("log")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     return _finish(figure, axes, title)
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..core.pass_at_k import pass_at_k
 from ..core.trajectory import read_rows
 from . import report_figures as figures
+from .report_heat_map import heat_map
 from .report_ledger import describe_ledger
-from .scores import PROBLEMS_FILE, SCORES_FILE, percent, shown_metrics
+from .report_samples import TaskSamples, sample_figures
+from .scores import PROBLEMS_FILE, SCORES_FILE, percent, points, shown_metrics
+from .tool_use import TOOL_FACTS
 from .uncertainty import paired_difference
 
 
@@ -44,36 +45,81 @@ class Run:
 # scores
 
 
-def describe_tasks(evaluations: list[Run]) -> Iterator[dict[str, Any]]:
-    """Yield for each task: the runs that have it, their curves, and how they differ from the first."""
-    scores = {run.name: run.json(SCORES_FILE) for run in evaluations}
-    counts = {run.name: run.rows(PROBLEMS_FILE) for run in evaluations}
-    for task in dict.fromkeys(name for of_run in scores.values() for name in of_run):
-        runs = {name: of_run[task] for name, of_run in scores.items() if task in of_run}
-        problems = {name: [row for row in counts[name] if row["task"] == task] for name in runs}
-        first = next(iter(runs))
-        metrics = shown_metrics(runs.values())
+@dataclass(frozen=True)
+class _Entry:
+    """A run's scores on one task in one mode, with the counts of its problems."""
+
+    run: str
+    mode: str
+    scores: dict[str, Any]
+    problems: list[dict[str, Any]]
+    samples: TaskSamples | None
+
+    @property
+    def name(self) -> str:
+        return self.run if self.mode == "none" else f"{self.run} +{self.mode}"
+
+
+def describe_tasks(
+    evaluations: list[Run], samples: Mapping[str, Mapping[str, TaskSamples]]
+) -> Iterator[dict[str, Any]]:
+    """Yield for each task: the runs that have it in every mode, their curves, and how they differ.
+
+    Args:
+        evaluations: run folders with scores.
+        samples: run -> task -> its samples.
+    """
+    tasks: dict[str, list[_Entry]] = {}
+    for run in evaluations:
+        counts: dict[str, list[dict[str, Any]]] = {}
+        for row in run.rows(PROBLEMS_FILE):
+            counts.setdefault(row["task"], []).append(row)
+        for label, of in run.json(SCORES_FILE).items():
+            entry = _Entry(run.name, of.get("mode", "none"), of, counts[label], samples[run.name].get(label))
+            tasks.setdefault(of.get("task", label), []).append(entry)
+    for task, entries in tasks.items():
+        scores = {entry.name: entry.scores for entry in entries}
+        metrics = shown_metrics(scores.values())
+        with_tools = {name: of["tools"] for name, of in scores.items() if "tools" in of}
         yield {
             "name": task,
             "metrics": metrics,
-            "runs": [_score_row(name, of, metrics) for name, of in runs.items()],
-            "changes": [_change(first, name, problems, runs) for name in list(runs)[1:]],
-            "figures": _task_figures(runs, problems),
-            "agreement": {name: of["agreement"] for name, of in runs.items() if "agreement" in of},
+            "runs": [_score_row(name, of, metrics) for name, of in scores.items()],
+            "changes": [_change(first, second) for first, second in _pairs(entries)],
+            "figures": _task_figures(entries),
+            "tools": {
+                "runs": list(with_tools),
+                "rows": [
+                    (fact, [show(use) or "–" for use in with_tools.values()]) for fact, show in TOOL_FACTS.items()
+                ],
+            },
+            "agreement": {name: of["agreement"] for name, of in scores.items() if "agreement" in of},
         }
 
 
-def _task_figures(runs: Mapping[str, Any], problems: Mapping[str, list[dict[str, Any]]]) -> list[str]:
-    rates = {name: [(row["correct"], row["n"]) for row in rows] for name, rows in problems.items()}
-    drawn = [figures.pass_at_k_curves("pass@k", runs), figures.solve_rates("how often each problem is solved", rates)]
-    lengths = {
-        name: [row["mean_tokens"] for row in rows if row["mean_tokens"] is not None] for name, rows in problems.items()
-    }
-    if any(lengths.values()):
-        edges = np.histogram_bin_edges([value for values in lengths.values() for value in values], bins=20)
-        counts = {name: np.histogram(values, edges)[0].tolist() for name, values in lengths.items()}
-        drawn.append(figures.histogram("mean tokens of each problem's samples", edges.tolist(), counts, "problems"))
-    return drawn
+def _pairs(entries: list[_Entry]) -> Iterator[tuple[_Entry, _Entry]]:
+    """Yield what is compared: each entry with the first of its mode, and that one with its own run without tools."""
+    first: dict[str, _Entry] = {}
+    for entry in entries:
+        if entry.mode in first:
+            yield first[entry.mode], entry
+            continue
+        first[entry.mode] = entry
+        yield from (
+            (other, entry) for other in entries if other.run == entry.run and other.mode == "none" != entry.mode
+        )
+
+
+def _task_figures(entries: list[_Entry]) -> list[str]:
+    rates = {e.name: {row["problem_id"]: (row["correct"], row["n"]) for row in e.problems} for e in entries}
+    return [
+        figures.pass_at_k_curves("pass@k", {entry.name: entry.scores for entry in entries}),
+        figures.solve_rates(
+            "how often each problem is solved", {name: list(found.values()) for name, found in rates.items()}
+        ),
+        heat_map("each problem", rates),
+        *sample_figures({entry.name: entry.samples for entry in entries if entry.samples}),
+    ]
 
 
 def _score_row(name: str, of: Mapping[str, Any], metrics: list[str]) -> dict[str, Any]:
@@ -83,6 +129,7 @@ def _score_row(name: str, of: Mapping[str, Any], metrics: list[str]) -> dict[str
         "metrics": [percent(of[metric]).split(" ", 1) if metric in of else ("", "") for metric in metrics],
         "problems": f"{of['n_problems']:,}",
         "n": of["n"],
+        "resolves": points(of["resolvable"]["same_problems"]),
         "truncated": _share(of["truncated"]),
         "ungradable": _share(ungradable),
         "reasons": ", ".join(f"{count:,} {reason}" for reason, count in ungradable["reasons"].items()),
@@ -94,25 +141,23 @@ def _share(found: Mapping[str, Any] | None) -> tuple[str, str]:
     return (f"{found['count']:,}", f"{100 * found['share']:.1f}%") if found else ("–", "")
 
 
-def _change(
-    first: str, second: str, problems: Mapping[str, list[dict]], runs: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Compare a run with the first one, over the same problems."""
-    pair = {name: {row["problem_id"]: row for row in problems[name]} for name in (first, second)}
-    change: dict[str, Any] = {"first": first, "second": second, "problems": len(pair[first]), "rows": []}
-    if pair[first].keys() != pair[second].keys() or len(pair[first]) < 2:
+def _change(first: _Entry, second: _Entry) -> dict[str, Any]:
+    """Compare two entries over the same problems."""
+    runs = (first.scores, second.scores)
+    pair = [{row["problem_id"]: row for row in entry.problems} for entry in (first, second)]
+    change: dict[str, Any] = {"first": first.name, "second": second.name, "problems": len(pair[0]), "rows": []}
+    if pair[0].keys() != pair[1].keys() or len(pair[0]) < 2:
         return change | {"note": "other problems or another version: not comparable"}
-    both = [key for key in runs[first] if key.startswith("pass@") and key in runs[second]]
+    both = [key for key in runs[0] if key.startswith("pass@") and key in runs[1]]
     for metric in dict.fromkeys((both[0], both[-1])):
         k = int(metric.removeprefix("pass@"))
-        values = [{i: float(pass_at_k(row["n"], [row["correct"]], k)[0]) for i, row in pair[name].items()}
-                  for name in (first, second)]  # fmt: skip
+        values = [{i: float(pass_at_k(row["n"], [row["correct"]], k)[0]) for i, row in rows.items()} for rows in pair]
         found = paired_difference(*values)
         change["rows"].append(
             {
                 "metric": metric,
-                "from": f"{100 * runs[first][metric]['value']:.1f}",
-                "to": f"{100 * runs[second][metric]['value']:.1f}",
+                "from": f"{100 * runs[0][metric]['value']:.1f}",
+                "to": f"{100 * runs[1][metric]['value']:.1f}",
                 "difference": f"{100 * found.value:+.1f}",
                 "interval": f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]",
                 "sign": 1 if found.low > 0 else -1 if found.high < 0 else 0,

@@ -132,10 +132,11 @@ def _resolvable(accuracy: Mapping[str, Any]) -> dict[str, float | None]:
     """Differences in accuracy that 80% of comparisons with another model of as many samples would find.
 
     `same_problems`: on these very problems. `unpaired`: on this kind of problem, from two separate scores. A paired
-    comparison (`afterglow compare`) lies between the two.
+    comparison (`afterglow compare`) lies between the two. None where all samples agree, or all problems: an error of 0
+    is not known to be one.
     """
     errors = {"same_problems": accuracy["se_run_to_run"], "unpaired": accuracy["se_new_problems"]}
-    return {name: None if error is None else resolvable(2**0.5 * error) for name, error in errors.items()}
+    return {name: resolvable(2**0.5 * error) if error else None for name, error in errors.items()}
 
 
 def _votes(
@@ -281,7 +282,7 @@ def show_scores(scores: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
     facts: dict[str, Callable[[Mapping[str, Any]], str]] = {
         name: lambda task, name=name: percent(task[name]) if name in task else "" for name in names
     }
-    facts["resolves"] = lambda task: _points(task["resolvable"]["same_problems"])
+    facts["resolves"] = lambda task: points(task["resolvable"]["same_problems"])
     facts["problems x samples"] = lambda task: f"{task['n_problems']:,} x {task['n']}"
     facts["truncated"] = lambda task: _count(task["truncated"])
     facts["ungradable"] = lambda task: _count(task["ungradable"])
@@ -308,7 +309,8 @@ def shown_metrics(tasks: Iterable[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _points(share: float | None) -> str:
+def points(share: float | None) -> str:
+    """Return a share in points, `?` where it is not known."""
     return "?" if share is None else f"{100 * share:.1f}"
 
 

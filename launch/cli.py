@@ -25,7 +25,7 @@ VERBS = {
     "filter": Verb("RECIPE", "choose trajectories for training, and say why each other one is dropped"),
     "train": Verb("RECIPE", "train a model, on one process or many"),
     "eval": Verb("RECIPE", "sample, grade, and score: pass@k, avg@n, maj@k with 95% intervals"),
-    "compare": Verb("FOLDER FOLDER ...", "compare evaluations with the first one, problem by problem, with intervals"),
+    "compare": Verb("FOLDER ...", "compare evaluations with the first one (or modes of one), by problem, with intervals"),
     "run": Verb("PIPELINE", "run several stages, skipping those that are finished"),
     "report": Verb("FOLDER", "write report.html of a finished stage or pipeline"),
     "recipes": Verb("list|show|copy", "the recipes that come with the package"),

@@ -90,3 +90,37 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         run_compare([base, str(evaluation(tmp_path / "else", [1, 2], task="products"))])
     with pytest.raises(RecipeError, match=r"`k` is 3, but there are only 2 samples"):
         run_compare([base, str(evaluation(tmp_path / "few", [1, 2], n=2))], k=[3])
+
+
+def modes(folder, text, tools):
+    """Write an evaluation of one task in up to two modes."""
+    counts = {"sums": text, "sums+python": tools}
+    (name, first), *rest = [(name, of) for name, of in counts.items() if of]
+    evaluation(folder, first, task=name, **dict(rest))
+    scores = json.loads((folder / "scores.json").read_text())
+    for name, of in scores.items():
+        of |= {"task": "sums", "mode": "python" if "+" in name else "none"}
+    (folder / "scores.json").write_text(json.dumps(scores))
+    return str(folder)
+
+
+def test_one_folder_with_both_modes_is_compared_with_itself(tmp_path, capsys):
+    run_compare([modes(tmp_path / "both", [1, 2, 0], [2, 4, 1])], output_dir=str(tmp_path / "out"))
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert (found["baseline"], found["runs"], found["not_compared"]) == ("both", ["both +python"], {})
+    row = found["differences"][0]
+    assert row["task"] == "sums → sums+python" and row["difference"] == pytest.approx(4 / 12)
+    assert found["flips"][0]["better"] == 3 and found["flips"][0]["newly_solved"] == 1
+    with pytest.raises(RecipeError, match=r"text has one mode\. Give at least two folders"):
+        run_compare([modes(tmp_path / "text", [1, 2, 0], None)])
+
+
+def test_runs_of_different_modes_are_compared_across_them(tmp_path):
+    folders = {name: modes(tmp_path / name, *counts) for name, counts in {
+        "text": ([1, 2, 0], None), "tools": (None, [2, 4, 1]), "both": ([1, 1, 1], [3, 3, 3]),
+    }.items()}  # fmt: skip
+    text, tools, both = (read_evaluation(folder, name) for name, folder in folders.items())
+    assert {row["task"] for row in compare([text, tools])["differences"]} == {"sums → sums+python"}
+    found = compare([text, both])
+    assert {row["task"] for row in found["differences"]} == {"sums"}, "a mode that both have comes first"
+    assert found["not_compared"] == {"both": ["sums+python"]}

@@ -182,7 +182,10 @@ def test_killed_by_force_three_times_and_started_again(recipe, engines, tmp_path
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_at_twenty_random_moments(recipe, engines, tmp_path):
-    """At any time from its start to its end, also while it imports, sorts its rows or writes its scores."""
+    """At any time from its start to its end, also while it imports, sorts its rows or writes its scores.
+
+    Half of them at a random time, half when a random number of rows is there: most of the time passes with imports.
+    """
     whole = evaluate.run(read_recipe(recipe("whole", n=20)))
     path, begun = recipe("timed", n=20), time.monotonic()
     assert start(path, tmp_path / "drawn.txt", 0.01).wait() == 0
@@ -190,9 +193,14 @@ def test_killed_at_twenty_random_moments(recipe, engines, tmp_path):
     for moment in range(20):
         path = recipe(f"killed{moment}", n=20)
         process = start(path, tmp_path / "drawn.txt", 0.01)
-        time.sleep(random.uniform(0, 1.1 * seconds))
-        kill(process)
         samples = tmp_path / f"killed{moment}" / "samples.jsonl"
+        if moment % 2:
+            time.sleep(random.uniform(0, 1.1 * seconds))
+        else:
+            wanted = random.randrange(1, 240)
+            while process.poll() is None and (not samples.exists() or samples.read_bytes().count(b"\n") < wanted):
+                time.sleep(0.002)
+        kill(process)
         rows.add(samples.read_bytes().count(b"\n") if samples.exists() else -1)
         evaluate.run(read_recipe(path))
         assert results(tmp_path / f"killed{moment}") == results(whole), moment

@@ -14,8 +14,10 @@ from afterglow.core.recipe import read_recipe
 from afterglow.core.run_folder import RunFolder
 from afterglow.eval import evaluate
 from afterglow.eval.report import run_report
+from afterglow.eval.report_heat_map import heat_map
 from afterglow.eval.report_ledger import describe_ledger, most_regressed, stagnating
 from afterglow.eval.report_results import find_histograms
+from afterglow.eval.report_samples import TaskSamples, examples, kind_of, mark_answer
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -120,15 +122,16 @@ def test_figures_are_sound_and_follow_the_page(folder, page):
     drawn = re.findall(r"<svg .*?</svg>", text, re.DOTALL)
     labels = [re.search(r'aria-label="([^"]*)"', svg)[1] for svg in drawn]
     assert labels == [
-        "pass@k", "how often each problem is solved", "mean tokens of each problem&#x27;s samples", "branching",
-        "branching, length", "loss", "weights", "gradient norm", "loss of each sample", "gain in the last epoch, nats",
-        "gain in the last epoch, nats, by source", "weight in the last epoch", "weight in the last epoch, by source",
+        "pass@k", "how often each problem is solved", "each problem", "tokens: eval_base", "tokens: eval_glow",
+        "branching", "branching, length", "loss", "weights", "gradient norm", "loss of each sample",
+        "gain in the last epoch, nats", "gain in the last epoch, nats, by source",
+        "weight in the last epoch", "weight in the last epoch, by source",
         "samples that do not learn",
     ]  # fmt: skip
     ids = []
     for svg in drawn:
         ElementTree.fromstring(svg)
-        assert "var(--ink)" in svg and "var(--s0)" in svg and not re.search(r"#0[123]0[01]0[0-9a-f]\b", svg)
+        assert "var(--s" in svg and not re.search(r"#0[123]0[01]0[0-9a-f]\b", svg)
         ids += set(re.findall(r'id="([^"]+)"', svg))
     assert len(ids) == len(set(ids)), "no figure borrows from another"
 
@@ -184,3 +187,62 @@ def test_histograms_are_found_at_any_depth_and_large_groups_are_kept():
     assert (where, edges) == (", a", [0, 1, 2])
     assert list(shown)[:2] == ["g11", "g10"] and shown["5 others"] == [10, 10]
     assert list(find_histograms({"edges": [0, 1], "counts": [4]})) == [("", [0, 1], {"rows": [4]})]
+
+
+def test_the_heat_map_has_a_cell_for_each_problem_hardest_first():
+    runs = {"a": {"easy": (4, 4), "<hard>": (0, 4), "mid": (1, 4)}, "b": {"easy": (4, 4), "<hard>": (2, 4)}}
+    svg = ElementTree.fromstring(heat_map("each problem", runs))
+    cells = [rect for rect in svg.iter("{http://www.w3.org/2000/svg}rect") if len(rect)]
+    tips = [cell[0].text for cell in cells]
+    assert tips == ["<hard>: 0 of 4", "mid: 1 of 4", "easy: 4 of 4", "<hard>: 2 of 4", "easy: 4 of 4"]
+    assert [cell.get("fill-opacity") for cell in cells] == [None, "0.39", "1.00", "0.59", "1.00"]
+    assert cells[0].get("x") == cells[3].get("x") and cells[2].get("x") == cells[4].get("x"), "columns are problems"
+    many = heat_map("m", {"a": {f"p{i:04}": (i, 1000) for i in range(1000)}})
+    assert many.count("<title>") == 300 and "300 of 1,000 problems" in many and ">p0000: 0 of" in many
+
+
+def test_the_graded_answer_is_marked_where_it_stands():
+    assert mark_answer("7? No: \\boxed{7}. So 7 it is", "7") == ("7? No: \\boxed{", "7", "}. So 7 it is")
+    assert mark_answer("17 or 7, not 77", "7") == ("17 or ", "7", ", not 77")
+    assert mark_answer("one half", "1/2") == ("one half", "", "") == mark_answer("one half", None)
+
+
+def row(**changes):
+    said = [{"role": "assistant", "content": "<think>hm</think>\nIt is \\boxed{4}."}]
+    return {
+        "id": "x", "problem_id": "p", "prompt": [{"role": "user", "content": "2+2?"}], "completion": said,
+        "answer": "4", "correct": True, "finish_reason": "stop", "extracted": "4", "n_tokens": 9, "sample_index": 3,
+    } | changes  # fmt: skip
+
+
+def test_samples_to_read_fold_reasoning_and_show_calls():
+    samples = TaskSamples()
+    call = {"type": "function", "function": {"name": "python", "arguments": {"code": "2+2"}}}
+    turns = [
+        {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "First 2. " * 60 + "\nSo \\boxed{4}."},
+    ]  # fmt: skip
+    for index, of in enumerate((row(), row(completion=turns, n_calls=1, first_call_position=5), row(correct=None))):
+        samples.add(of | {"id": f"x{index}"})
+    plain, unclear = [
+        next(found for found in examples(samples) if found["kind"] == kind) for kind in ("right", "no verdict")
+    ]
+    by_length = sorted(
+        (found for found in examples(samples) if found["kind"] == "right"), key=lambda f: len(f["turns"])
+    )
+    (turn,), (first, result, last) = (found["turns"] for found in by_length)
+    assert (turn["thought"], turn["before"], turn["answer"], turn["after"]) == ("hm", "It is \\boxed{", "4", "}.")
+    assert first["calls"] == ["2+2"] and result["answer"] == "" and result["role"] == "tool"
+    assert last["thought"].startswith("First 2.") and last["before"] == "So \\boxed{" and last["answer"] == "4"
+    assert plain["gold"] == "4" and unclear["tokens"] == 9
+    assert samples.calls["right"] == [1] and samples.first_calls["right"] == [5] and samples.tokens["no verdict"] == [9]
+
+
+def test_kinds_of_samples():
+    assert kind_of(row(finish_reason="length")) == "right", "cut off after its answer"
+    assert (
+        kind_of(row(correct=None, finish_reason="length"))
+        == "cut off"
+        == kind_of(row(correct=False, finish_reason="length"))
+    )
+    assert kind_of(row(correct=False)) == "wrong" and kind_of(row(correct=None, finish_reason=None)) == "no verdict"

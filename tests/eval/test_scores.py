@@ -7,10 +7,10 @@ import yaml
 
 from afterglow.core.errors import DataError, RecipeError, RunFolderError
 from afterglow.core.grading import Grader
+from afterglow.core.pass_at_k import majority_at_k
 from afterglow.core.recipe import read_recipe
 from afterglow.eval import evaluate
-from afterglow.core.pass_at_k import majority_at_k
-from afterglow.eval.scores import Sample, answer_classes, default_k, read_scores, same_mathematics, score
+from afterglow.eval.scores import Sample, answer_classes, default_k, read_scores, same_mathematics, score, show_scores
 
 
 def samples(*answers, right=("4",)):
@@ -51,6 +51,17 @@ def test_one_sample_per_problem_says_nothing_of_reruns():
     assert scores["answer_entropy"] is None and "pass^1" not in scores and "answers" not in rows[0]
     scores, _ = score({"a": samples("4")}, 1, [1], "here")
     assert scores["pass@1"]["se_new_problems"] is None and scores["resolvable"]["unpaired"] is None
+
+
+@pytest.mark.parametrize("answer", ["4", "7"])
+def test_an_error_of_zero_is_not_known_to_be_one(answer, capsys, tmp_path):
+    """All right or all wrong: what the benchmark resolves is unknown, not 0.0 points."""
+    scores, _ = score({"a": samples(answer, answer), "b": samples(answer, answer)}, 2, [1], "here")
+    assert scores["pass@1"]["se_run_to_run"] == 0 and scores["pass@1"]["value"] in (0, 1)
+    assert scores["resolvable"] == {"same_problems": None, "unpaired": None}
+    show_scores({"here": scores}, tmp_path)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ resolves")]
+    assert line.strip("│ ").split()[-1] == "?"
 
 
 def test_scores_of_another_schema_are_refused(tmp_path):

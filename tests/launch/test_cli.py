@@ -43,7 +43,7 @@ def test_help_imports_nothing_heavy(words):
         ("sample", ["tasks", "temperature"]),
         ("run", ["stages", "--overwrite"]),
         ("report", ["FOLDER"]),
-        ("compare", ["FOLDER FOLDER", "--k", "compare.html"]),
+        ("compare", ["FOLDER ...", "--k", "compare.html"]),
     ],
 )
 def test_help_of_a_verb_lists_its_keys(capsys, verb, keys):
