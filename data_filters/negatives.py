@@ -1,7 +1,7 @@
 """Which wrong solutions to keep for training, after GLOW (2601.04992): finished ones, as many as right ones.
 
     - grade
-    - negatives: {mode: balanced, max_per_problem: 1}
+    - negatives: {mode: balanced, max_per_problem: 4, max_similarity: 0.8}
 
 The label only decides which rows are in the set. It never enters the loss: GLOW imitates right and wrong chains alike
 with plain NLL, and so do our trainers (the released trainer has no label input). How the paper drew and balanced its
@@ -9,10 +9,15 @@ sets is not published; `finished`, the balance and the cap are choices of this p
 
 A wrong solution is a negative only if it is finished: graded wrong on an answer it gave (not "not gradable"), its
 think block closed, and neither cut off nor stopped by an error. A truncated chain teaches never to stop.
+
+`max_similarity` leaves out a row that is nearly a copy of one already taken of the same problem *and* label, so that a
+cap of m buys m different mistakes; `deduplication` before this step would also weigh a wrong row against a right one.
+
+Controls: `mode: positive_only`, and `- random` at the same number of rows.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,14 +27,18 @@ from datasets import Dataset
 from ..core.answer_extraction import after_think
 from ..core.errors import DataError
 from ..core.trajectory import final_text
+from .deduplication import shingles, similarity
 from .result import FilterResult, ShowProgress, bar_of
 from .selection import seeded_order, source_name
+from .text_match import assistant_text, normalise
 
 Kind = Literal["positive", "negative", "unfinished", "not_gradable"]
 
 NOT_FINISHED = "wrong but not finished"
 NOT_GRADABLE = "not gradable"
 OVER_CAP = "over `max_per_problem`"
+NEAR_COPY = "nearly a copy of a row of its problem and label"
+NGRAM_WORDS = 5
 READ_ROWS = 512
 
 
@@ -54,11 +63,22 @@ class NegativesConfig:
         default=None, metadata={"help": "At most so many right and so many wrong rows of each problem."}
     )
 
+    max_similarity: float | None = field(
+        default=None,
+        metadata={
+            "help": "Leave out a row whose word 5-grams have at least this Jaccard similarity with a row taken before "
+            "it, of the same problem and label; default: all may be alike."
+        },
+    )
+
     def __post_init__(self):
+        if self.max_similarity is not None and not 0 < self.max_similarity <= 1:
+            raise ValueError(f"`max_similarity` must be above 0 and at most 1, got {self.max_similarity}")
         if self.max_per_problem is not None and self.max_per_problem < 1:
             raise ValueError(f"`max_per_problem` must be at least 1, got {self.max_per_problem}")
-        if self.mode == "keep_all" and self.max_per_problem is not None:
-            raise ValueError("`max_per_problem` drops rows and `mode: keep_all` keeps them all: leave one out")
+        for key in ("max_per_problem", "max_similarity"):
+            if self.mode == "keep_all" and getattr(self, key) is not None:
+                raise ValueError(f"`{key}` drops rows and `mode: keep_all` keeps them all: leave one out")
         if self.mode != "balanced" and self.balance != "overall":
             raise ValueError(f"`balance` belongs to `mode: balanced`, not to `mode: {self.mode}`")
 
@@ -92,12 +112,25 @@ def kind_of(correct: bool | None, finish_reason: str | None, completion: list[di
 
 
 def select_rows(
-    kinds: list[Kind], ids: list[str], problems: list[str], config: NegativesConfig, seed: int
+    kinds: list[Kind],
+    ids: list[str],
+    problems: list[str],
+    config: NegativesConfig,
+    seed: int,
+    text_of: Callable[[int], str] = lambda row: "",
 ) -> dict[int, str]:
     """Return the rows to drop, with the reason.
 
     All draws follow one random order of the rows by (seed, id): more rows in the file leave the order of the others
     as it was.
+
+    Args:
+        kinds: what each row can serve as.
+        ids: of the rows.
+        problems: of the rows.
+        config: what to keep.
+        seed: of the draw.
+        text_of: row -> what the assistant wrote, asked for with `max_similarity` only.
 
     Raises:
         DataError: `balanced` without a row of one of the labels.
@@ -112,8 +145,12 @@ def select_rows(
         if kind not in wanted
     }
     order = seeded_order((row for row, kind in enumerate(kinds) if kind in wanted), ids, seed, "negatives")
+    if config.max_similarity is not None:
+        dropped |= _near_copies(order, kinds, problems, config.max_similarity, text_of)
     taken: Counter = Counter()
     for row in order:
+        if row in dropped:
+            continue
         taken[problems[row], kinds[row]] += 1
         if config.max_per_problem is not None and taken[problems[row], kinds[row]] > config.max_per_problem:
             dropped[row] = OVER_CAP
@@ -121,6 +158,25 @@ def select_rows(
         groups = problems if config.balance == "per_problem" else ["all"] * len(kinds)
         dropped |= _surplus([row for row in order if row not in dropped], kinds, groups)
     return dict(sorted(dropped.items()))
+
+
+def _near_copies(
+    order: list[int], kinds: list[Kind], problems: list[str], most: float, text_of: Callable[[int], str]
+) -> dict[int, str]:
+    """Rows that are nearly a copy of an earlier one of their problem and label; one problem is in memory at a time."""
+    groups: dict[tuple[str, Kind], list[int]] = {}
+    for row in order:
+        groups.setdefault((problems[row], kinds[row]), []).append(row)
+    copies = {}
+    for rows in groups.values():
+        taken: list[set[str]] = []
+        for row in rows if len(rows) > 1 else ():
+            grams = shingles(normalise(text_of(row)), NGRAM_WORDS)
+            if any(similarity(grams, other) >= most for other in taken):
+                copies[row] = NEAR_COPY
+            else:
+                taken.append(grams)
+    return copies
 
 
 def _surplus(rows: list[int], kinds: list[Kind], groups: list[str]) -> dict[int, str]:
@@ -159,7 +215,12 @@ def apply(
             kinds.extend(map(kind_of, batch["correct"], batch["finish_reason"], batch["completion"]))
             bar.advance(len(batch["correct"]))
     problems = list(table["problem_id"])
-    dropped = select_rows(kinds, list(table["id"]), problems, config, seed)
+    completions = table.select_columns(["completion"])
+
+    def text_of(row: int) -> str:
+        return assistant_text(completions[row]["completion"])
+
+    dropped = select_rows(kinds, list(table["id"]), problems, config, seed, text_of)
     return FilterResult({}, dropped, _report(kinds, dropped, problems, table))
 
 

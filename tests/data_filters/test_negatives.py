@@ -7,7 +7,7 @@ from filter_tables import dropped_ids, row, run_filter, table
 from afterglow.core.errors import DataError, RecipeError
 from afterglow.core.recipe import Section, build
 from afterglow.data_filters import negatives
-from afterglow.data_filters.negatives import NOT_FINISHED, NOT_GRADABLE, OVER_CAP, NegativesConfig
+from afterglow.data_filters.negatives import NEAR_COPY, NOT_FINISHED, NOT_GRADABLE, OVER_CAP, NegativesConfig
 
 
 def ten_rows():
@@ -78,6 +78,36 @@ def test_max_per_problem_caps_each_label(tmp_path):
     assert Counter(key[:2] for key in kept) == {"p+": 3, "q+": 1}
 
 
+def alike_rows():
+    """Of p: three wrong rows that differ in their last word only, one of another kind, and their right twin."""
+    words = "We take the first number and add the second number to it and then we read off the sum which is"
+    rows = [row(f"twin{i}", f"{words} {i}", problem_id="p", correct=False) for i in range(3)]
+    rows.append(
+        row("other", "Just guess something else entirely, for instance nine hundred.", problem_id="p", correct=False)
+    )
+    rows.append(row("right", f"{words} 4", problem_id="p", correct=True))
+    return [*rows, row("elsewhere", f"{words} 1", problem_id="q", correct=False)]
+
+
+def test_near_copies_of_a_problem_and_label_are_left_out(tmp_path):
+    """Two twins have 18 five-grams each, 17 of them in common: similarity 17 / 19."""
+    kept, gone, _ = run_mode(tmp_path, alike_rows(), mode="negative_only", max_similarity=0.8)
+    assert sorted(gone.values()).count(NEAR_COPY) == 2 and {"other", "elsewhere"} <= set(kept)
+    kept, gone, _ = run_mode(tmp_path, alike_rows(), mode="balanced", max_similarity=0.95)
+    assert NEAR_COPY not in gone.values()
+
+
+def test_a_cap_buys_different_mistakes(tmp_path):
+    for seed in range(4):
+        kept, _, _ = run_mode(tmp_path, alike_rows(), seed, mode="negative_only", max_per_problem=2, max_similarity=0.8)
+        assert "other" in kept and sum(key.startswith("twin") for key in kept) == 1
+
+
+def test_a_right_row_is_no_copy_of_a_wrong_one(tmp_path):
+    pair = [r for r in alike_rows() if r["id"] in ("twin0", "right")]
+    assert len(run_mode(tmp_path, pair, mode="balanced", max_similarity=0.5)[0]) == 2
+
+
 @pytest.mark.parametrize(
     ("correct", "finish_reason", "completion", "kind"),
     [
@@ -131,6 +161,8 @@ def test_balanced_needs_both_labels(tmp_path):
         ({"mode": "balance"}, "did you mean balanced"),
         ({"mode": "balanced", "max_per_problem": 0}, "must be at least 1"),
         ({"mode": "keep_all", "max_per_problem": 1}, "leave one out"),
+        ({"mode": "keep_all", "max_similarity": 0.8}, "leave one out"),
+        ({"mode": "balanced", "max_similarity": 8.0}, "`max_similarity` must be above 0 and at most 1"),
         ({"mode": "positive_only", "balance": "per_problem"}, "belongs to `mode: balanced`"),
     ],
 )
