@@ -8,7 +8,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Without bytecode files (containers often say so) every stage would compile torch, transformers and vLLM anew: 10 s each.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install test test-slow test-gpu lint types wheel demo demo-controls demo-tools demo-forget real bench lock clean
+.PHONY: help install test test-slow test-gpu lint types wheel demo demo-controls demo-tools demo-forget real real-tofu bench lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,9 @@ demo-forget: install ## facts learned, a tenth forgotten by four methods, three 
 
 real: install ## grade -> RSR -> branching -> GLOW -> pass@k on real GSM8K trajectories; needs AFTERGLOW_DATA
 	$(BIN)/afterglow run real/pipeline.yaml
+
+real-tofu: install ## learn, forget by NPO and evaluate on TOFU's own files; needs AFTERGLOW_DATA
+	$(BIN)/afterglow run real_tofu/pipeline.yaml
 
 bench: install ## speed and memory against the plain way, as ratios; writes runs/bench/*.json
 	$(BIN)/python benchmarks/token_stats.py

@@ -1,7 +1,7 @@
-"""Which tokens of a chat, rendered and tokenized once, did the assistant write?"""
+"""Chat messages as token ids: a prompt to answer, and which tokens of a whole chat the assistant wrote."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,45 @@ class EncodedChat:
     input_ids: np.ndarray
     assistant: np.ndarray
     truncated: bool
+
+
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Turn chat messages into prompt token ids that end where the assistant's turn begins.
+
+    Args:
+        tokenizer: of the model that will answer (`engine.tokenizer`).
+        messages: `{"role", "content", ...}` in order.
+        tools: JSON schemas of the tools the model may call.
+        chat_template_kwargs: further variables of the template, such as `{"enable_thinking": False}`.
+
+    Raises:
+        ModelError: the model folder has no chat template.
+        DataError: the template refuses these messages.
+    """
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template, so messages cannot become a prompt. Use an "
+            "instruction-tuned model, or copy a `chat_template.jinja` of the same family into the model folder."
+        )
+    try:
+        ids = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] if tools else None,
+            add_generation_prompt=True,
+            return_dict=False,
+            **(chat_template_kwargs or {}),
+        )
+    except (TemplateError, TypeError, KeyError) as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise DataError(
+            f"{tokenizer.name_or_path}: its chat template refuses these messages (roles: {roles}): {error}"
+        ) from error
+    return list(ids)  # pyright: ignore[reportReturnType]
 
 
 def encode_chat(

@@ -19,19 +19,9 @@ from warnings import warn
 
 import httpx
 
+from .checkpoint import Checkpoint, read_checkpoint
 from .errors import GenerationError, ModelError
-from .generation import (
-    Checkpoint,
-    Completion,
-    Engine,
-    EngineConfig,
-    Request,
-    Stream,
-    check_requests,
-    make_completion,
-    read_checkpoint,
-    room,
-)
+from .generation import Completion, Engine, EngineConfig, Request, Stream, check_requests, make_completion, room
 from .server_pool import Server, ServerPool, wait_before
 
 TRIES = 6

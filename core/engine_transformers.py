@@ -23,9 +23,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .checkpoint import Checkpoint, read_checkpoint, resolve_dtype
 from .errors import GenerationError, ModelError, RecipeError
 from .generation import (
-    Checkpoint,
     Completion,
     Engine,
     EngineConfig,
@@ -34,8 +34,6 @@ from .generation import (
     check_requests,
     first_stop,
     make_completion,
-    read_checkpoint,
-    resolve_dtype,
     room,
 )
 

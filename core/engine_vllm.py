@@ -10,20 +10,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint import Checkpoint, read_checkpoint, resolve_dtype
 from .errors import GenerationError, MissingDependencyError, ModelError
-from .generation import (
-    Checkpoint,
-    Completion,
-    Engine,
-    EngineConfig,
-    Request,
-    Stream,
-    check_requests,
-    make_completion,
-    read_checkpoint,
-    resolve_dtype,
-    room,
-)
+from .generation import Completion, Engine, EngineConfig, Request, Stream, check_requests, make_completion, room
 
 if TYPE_CHECKING:
     import torch

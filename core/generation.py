@@ -15,21 +15,15 @@ The same `Request` goes into each engine and the same `Completion` comes out:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
-from .errors import DataError, GenerationError, ModelError, RecipeError
+from .checkpoint import Checkpoint
+from .errors import GenerationError, RecipeError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-# What two checkpoints must share for the weights of one to replace those of the other.
-SHAPE_KEYS = (
-    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings",
-)  # fmt: skip
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -311,105 +305,8 @@ def open_engine(config: EngineConfig) -> Engine:
     return VLLMEngine(config)
 
 
-def encode_prompt(
-    tokenizer: "PreTrainedTokenizerBase",
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """Turn chat messages into prompt token ids that end where the assistant's turn begins.
-
-    Args:
-        tokenizer: of the model that will answer (`engine.tokenizer`).
-        messages: `{"role", "content", ...}` in order.
-        tools: JSON schemas of the tools the model may call.
-        chat_template_kwargs: further variables of the template, such as `{"enable_thinking": False}`.
-
-    Raises:
-        ModelError: the model folder has no chat template.
-        DataError: the template refuses these messages.
-    """
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template, so messages cannot become a prompt. Use an "
-            "instruction-tuned model, or copy a `chat_template.jinja` of the same family into the model folder."
-        )
-    try:
-        ids = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=[dict(tool) for tool in tools] if tools else None,
-            add_generation_prompt=True,
-            return_dict=False,
-            **(chat_template_kwargs or {}),
-        )
-    except (TemplateError, TypeError, KeyError) as error:
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        raise DataError(
-            f"{tokenizer.name_or_path}: its chat template refuses these messages (roles: {roles}): {error}"
-        ) from error
-    return list(ids)  # pyright: ignore[reportReturnType]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # shared by the engines
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What an engine reads from a model folder besides the weights."""
-
-    model: str
-    config: "PreTrainedConfig"
-    tokenizer: "PreTrainedTokenizerBase"
-    stop_ids: frozenset[int]
-
-    def check_replaceable_by(self, other: "Checkpoint") -> None:
-        """Raise ModelError unless the other checkpoint's weights fit where this one's are."""
-        for key in SHAPE_KEYS:
-            old, new = getattr(self.config, key, None), getattr(other.config, key, None)
-            if old != new:
-                raise ModelError(
-                    f"{other.model}: its weights cannot replace those of {self.model}: `{key}` is {new}, not {old}. "
-                    "Open an engine of its own."
-                )
-
-
-def read_checkpoint(model: str) -> Checkpoint:
-    """Read configuration, tokenizer and stop tokens of a model folder or hub id.
-
-    Raises:
-        ModelError: one of them is missing or broken.
-    """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    if (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
-        raise ModelError(f"{model}: this is a LoRA adapter. Merge it into its base model first.")
-    try:
-        config = AutoConfig.from_pretrained(model)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{model}: not a model folder or hub id that can be read: {error}") from error
-    if not tokenizer.encode("1+1=2", add_special_tokens=False):  # made up by transformers from nothing
-        raise ModelError(f"{model}: the folder has no tokenizer. Save the tokenizer with the weights.")
-    text_config = config.get_text_config()
-    try:
-        eos = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # the file is optional
-        eos = text_config.eos_token_id
-    ids = eos if isinstance(eos, list | tuple) else [eos]
-    stop_ids = frozenset(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None)
-    return Checkpoint(model, text_config, tokenizer, stop_ids)
-
-
-def resolve_dtype(requested: str, config: "PreTrainedConfig", on_gpu: bool) -> str:
-    """Return `float32`, `bfloat16` or `float16`: what `dtype: auto` means for this checkpoint on this device."""
-    if requested != "auto":
-        return requested
-    default = "bfloat16" if on_gpu else "float32"
-    stored = str(getattr(config, "dtype", None) or default).removeprefix("torch.")
-    return {"float32": default, "float16": "float16" if on_gpu else "float32"}.get(stored, stored)
 
 
 def room(request: Request, max_context: int) -> int:

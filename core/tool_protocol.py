@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from jinja2 import TemplateError
 
 from .answer_extraction import after_think
+from .chat_encoding import encode_prompt
 from .errors import DataError, ModelError
-from .generation import encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +85,7 @@ class ToolProtocol:
 
     Args:
         tokenizer: of the model.
-        end_ids: the tokens that end a turn (`core.generation.read_checkpoint(...).stop_ids`); default: its end token.
+        end_ids: the tokens that end a turn (`core.checkpoint.read_checkpoint(...).stop_ids`); default: its end token.
         chat_template_kwargs: further variables of the chat template, such as `{"enable_thinking": False}`.
     """
 

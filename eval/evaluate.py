@@ -24,8 +24,9 @@ from typing import Any, Literal
 import yaml
 
 from ..core.answer_extraction import Extract
+from ..core.checkpoint import read_checkpoint
 from ..core.errors import RecipeError
-from ..core.generation import Engine, EngineConfig, open_engine, read_checkpoint
+from ..core.generation import Engine, EngineConfig, open_engine
 from ..core.grading import Grader, Kind
 from ..core.pass_at_k import check_k
 from ..core.recipe import Section, build, plain

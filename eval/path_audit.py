@@ -21,8 +21,8 @@ import numpy as np
 import torch
 import yaml
 
+from ..core.checkpoint import read_checkpoint
 from ..core.errors import ModelError, RecipeError
-from ..core.generation import read_checkpoint
 from ..core.progress import progress
 from ..core.recipe import Section, build, plain
 from ..core.run_folder import RunFolder, write_atomic

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import yaml
 
+from ..core.checkpoint import read_checkpoint
 from ..core.errors import RecipeError
-from ..core.generation import read_checkpoint
 from ..core.progress import Bar, progress
 from ..core.recipe import plain
 from ..core.run_folder import RunFolder, write_atomic

@@ -17,7 +17,8 @@ from typing import Any
 
 import yaml
 
-from ..core.generation import EngineConfig, read_checkpoint
+from ..core.checkpoint import read_checkpoint
+from ..core.generation import EngineConfig
 from ..core.recipe import Section, build, plain
 from ..core.run_folder import RunFolder, write_atomic
 from ..core.trajectory import content_hash, is_file

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.chat_encoding import encode_chat
+from ..core.chat_encoding import encode_chat, encode_prompt
 from ..core.errors import DataError, ModelError
-from ..core.generation import encode_prompt
 from ..core.trajectory import MAX_ERRORS_SHOWN, content_hash, final_text, source_rows
 
 if TYPE_CHECKING:

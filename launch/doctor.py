@@ -160,7 +160,7 @@ def check_sandbox() -> Iterator[Finding]:
 
 def check_model_folder(model: str) -> Iterator[Finding]:
     """Look at a model's files, chat template and how it would call a tool; weights are not loaded."""
-    from ..core.generation import read_checkpoint
+    from ..core.checkpoint import read_checkpoint
     from ..core.tool_protocol import open_protocol
     from .model_folder import check_model
 

@@ -8,7 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from afterglow.core.generation import Completion, Engine, read_checkpoint
+from afterglow.core.checkpoint import read_checkpoint
+from afterglow.core.generation import Completion, Engine
 
 
 class StubEngine(Engine):

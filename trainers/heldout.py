@@ -1,8 +1,6 @@
 """Early stopping and checkpoint selection by held-out pass@k and response length, not by loss.
 
-While a model learns from chains, its loss falls on when what it learns has long turned into noise: the checkpoint to go
-on from is the one whose samples solve most and are not longer than they need be (arXiv 2605.06326, section on SFT
-dynamics). The paper gives no numbers; the rule in `select` is ours.
+`core.checkpoint_selection` has the rule and its source. Where it rejects all checkpoints, the last weights remain.
 
 Each checkpoint is sampled from through `core.generation`, by the first process, once it is on the disk; the others wait
 (`ddp_timeout` limits how long). `heldout.jsonl` in `output_dir` has one row per checkpoint. A checkpoint is marked
@@ -10,26 +8,29 @@ complete after its row is written, so a resumed run finds the rows of all checkp
 """
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..core.chat_encoding import encode_prompt
+from ..core.checkpoint_selection import MOST_TRUNCATED, Candidate, select_checkpoint
 from ..core.errors import RecipeError
-from ..core.generation import EngineConfig, Request, SamplingConfig, encode_prompt, open_engine
+from ..core.generation import EngineConfig, Request, SamplingConfig, open_engine
 from ..core.grading import Grader
+from ..core.pass_at_k import pass_at_k
 from ..core.progress import progress
 from ..core.run_folder import JsonlLog, write_atomic
 from ..core.trajectory import DataConfig, content_hash, load_trajectories
 from .checkpoints import checkpoint_folder
 
 HELDOUT_FILE = "heldout.jsonl"
-LONGER, TRUNCATED = 1.15, 0.05  # of the shortest; the largest share of cut samples
 
 
 @dataclass
@@ -87,32 +88,14 @@ class HeldoutConfig:
             raise RecipeError("`heldout_patience` does nothing without `heldout_problems`.")
 
 
-def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Unbiased pass@k of one problem, 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, equation 1)."""
-    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
-
-
 def select(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Choose a checkpoint: among those within one standard error of the best pass@k, and not long, the best.
-
-    Left out are checkpoints that cut more than 5% of their samples, unless all do. Of those within one standard error
-    of the best pass@k, the ones whose mean length is at most 1.15 times the shortest of them stay; of these the highest
-    pass@k wins, then the shorter, then the earlier. The paper names the two criteria; the numbers are our choice.
-
-    Args:
-        rows: of heldout.jsonl, `step`, `pass@k`, `standard_error`, `mean_tokens`, `truncated`.
-
-    Returns:
-        The row of the checkpoint; None where there is no row.
-    """
-    if not rows:
-        return None
-    whole = [row for row in rows if row["truncated"] <= TRUNCATED] or rows
-    best = max(whole, key=lambda row: row["pass@k"])
-    near = [row for row in whole if row["pass@k"] >= best["pass@k"] - best["standard_error"]]
-    shortest = min(row["mean_tokens"] for row in near)
-    near = [row for row in near if row["mean_tokens"] <= LONGER * shortest]
-    return max(near, key=lambda row: (row["pass@k"], -row["mean_tokens"], -row["step"]))
+    """Return the row of heldout.jsonl whose checkpoint to go on with, None where there is none."""
+    candidates = [
+        Candidate(str(row["step"]), row["pass@k"], row["standard_error"], row["mean_tokens"], row["truncated"])
+        for row in rows
+    ]
+    name, _ = select_checkpoint(candidates)
+    return next((row for row in rows if str(row["step"]) == name), None)
 
 
 def should_stop(rows: list[dict[str, Any]], patience: int | None) -> bool:
@@ -167,7 +150,13 @@ class HeldoutEvaluation(TrainerCallback):
         self._decide(state, control)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Free the engine."""
+        """Free the engine, and say so where no checkpoint was good enough to be selected."""
+        if self.rows and not state.best_model_checkpoint:
+            warn(
+                f"{HELDOUT_FILE}: every checkpoint cut more than {MOST_TRUNCATED:.0%} of its held-out samples, so none "
+                "was selected and the last weights remain. Raise `heldout_max_tokens`.",
+                stacklevel=2,
+            )
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -215,11 +204,10 @@ class HeldoutEvaluation(TrainerCallback):
 
 def summarise(right: dict[str, int], tokens: int, truncated: int, samples: int, k: int) -> dict[str, Any]:
     """Return pass@k over problems with its standard error, mean tokens and the share of cut samples."""
-    scores = [pass_at_k(samples, count, k) for count in right.values()]
-    mean, count = sum(scores) / len(scores), len(scores)
-    spread = sum((score - mean) ** 2 for score in scores) / max(count - 1, 1)
+    scores, count = pass_at_k(samples, list(right.values()), k), len(right)
+    spread = scores.var(ddof=1) if count > 1 else 0.0
     return {
-        "pass@k": mean, "k": k, "pass@1": sum(right.values()) / (samples * count),
-        "standard_error": math.sqrt(spread / count), "problems": count, "samples": samples,
+        "pass@k": float(scores.mean()), "k": k, "pass@1": sum(right.values()) / (samples * count),
+        "standard_error": float(np.sqrt(spread / count)), "problems": count, "samples": samples,
         "mean_tokens": tokens / (samples * count), "truncated": truncated / (samples * count),
     }  # fmt: skip

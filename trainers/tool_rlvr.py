@@ -19,8 +19,9 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from ..core.checkpoint import Checkpoint
 from ..core.errors import CollapseError, DataError, RunFolderError
-from ..core.generation import Checkpoint, Request, SamplingConfig
+from ..core.generation import Request, SamplingConfig
 from ..core.grading import Grader
 from ..core.progress import progress
 from ..core.rollout import Rollout, RolloutState, TurnRequest

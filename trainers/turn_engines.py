@@ -13,9 +13,10 @@ import torch
 from transformers import GenerationConfig
 from trl.models.utils import unwrap_model_for_generation
 
+from ..core.checkpoint import Checkpoint
 from ..core.engine_transformers import sample_batch
 from ..core.engine_vllm import CPU_CACHE_BYTES, VLLMEngine, import_vllm, process_state_kept, retie
-from ..core.generation import Checkpoint, Completion, Engine, EngineConfig, Request, open_engine, room
+from ..core.generation import Completion, Engine, EngineConfig, Request, open_engine, room
 
 
 class TransformersTurns:

@@ -15,8 +15,9 @@ from tiny import save_tiny
 from vllm_server import free_port, start_server
 
 from afterglow.core import engine_server, server_pool
+from afterglow.core.checkpoint import read_checkpoint
 from afterglow.core.errors import GenerationError, ModelError
-from afterglow.core.generation import EngineConfig, Request, SamplingConfig, open_engine, read_checkpoint
+from afterglow.core.generation import EngineConfig, Request, SamplingConfig, open_engine
 
 SAMPLING = SamplingConfig(temperature=0.5, top_k=20, max_tokens=8)
 

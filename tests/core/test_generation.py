@@ -4,19 +4,10 @@ import pytest
 from tiny import save_tiny, tiny_tokenizer
 from transformers import AutoTokenizer, Qwen3Config
 
+from afterglow.core.chat_encoding import encode_prompt
+from afterglow.core.checkpoint import Checkpoint, read_checkpoint, resolve_dtype
 from afterglow.core.errors import DataError, GenerationError, ModelError, RecipeError
-from afterglow.core.generation import (
-    Checkpoint,
-    EngineConfig,
-    Request,
-    SamplingConfig,
-    check_requests,
-    encode_prompt,
-    make_completion,
-    read_checkpoint,
-    resolve_dtype,
-    room,
-)
+from afterglow.core.generation import EngineConfig, Request, SamplingConfig, check_requests, make_completion, room
 from afterglow.core.recipe import Section, build
 
 GREEDY = SamplingConfig(temperature=0)

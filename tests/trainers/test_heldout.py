@@ -58,7 +58,7 @@ class Scripted:
         self.closed = False
 
     def load_weights(self, model):
-        from afterglow.core.generation import read_checkpoint
+        from afterglow.core.checkpoint import read_checkpoint
 
         self.tokenizer, self.step = read_checkpoint(model).tokenizer, int(model.rsplit("-", 1)[1])
 
