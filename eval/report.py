@@ -58,14 +58,14 @@ def run_report(folder: str | Path) -> Path:
     return folder / REPORT_FILE
 
 
-def find_runs(folder: Path) -> list[Run]:
+def find_runs(folder: str | Path) -> list[Run]:
     """Return the run folders in and below a folder, in the order in which they were started.
 
     Raises:
         RunFolderError: there is none.
     """
     runs = []
-    for path in folder.rglob("manifest.json"):
+    for path in (folder := Path(folder)).rglob("manifest.json"):
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if "stage" in manifest:
             name = str(path.parent.relative_to(folder)) if path.parent != folder else folder.resolve().name

@@ -62,6 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "compare":
             sub.add_argument("--k", type=int, nargs="+")
             sub.add_argument("--output_dir", "--output-dir")
+        if name == "report":
+            sub.add_argument("--export", choices=("lm_eval", "model_card"))
         if name in NO_RECIPE:
             continue
         sub.add_argument("--dry_run", "--dry-run", action="store_true")
@@ -105,9 +107,14 @@ def _work(options: argparse.Namespace, overrides: list[str]) -> int | None:
         run_compare(options.target, options.k, options.output_dir)
         return 0
     if options.verb == "report":
-        from ..eval.report import run_report
+        from ..eval.report import find_runs, run_report
 
-        print(run_report(options.target))
+        if options.export is None:
+            print(run_report(options.target))
+            return 0
+        from ..eval.export import export_runs
+
+        print(*export_runs(find_runs(options.target), options.export), sep="\n")
         return 0
     if options.verb == "run":
         from .pipeline import run_pipeline

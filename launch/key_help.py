@@ -19,6 +19,10 @@ COMPARE_FLAGS = {
     "--k": "Values of k whose pass@k are compared. Default: 1 and the largest that both runs can answer.",
     "--output_dir": "Where compare.json and compare.html are written. Default: nowhere.",
 }
+REPORT_FLAGS = {
+    "--export": "lm_eval: results and samples as lm-evaluation-harness has them; model_card: a table with intervals; "
+    "in the folder of each finished evaluation, in place of report.html.",
+}
 TRAIN_FLAGS = {
     "--accelerate_config": "ddp, fsdp2, zero2, zero3, single, or the path of an accelerate YAML. Default: ddp on "
     "several GPUs, single otherwise.",
@@ -37,7 +41,7 @@ PIPELINE_KEYS = {
 def show_help(verb: str, takes: str, what: str) -> int:
     """Print usage and recipe keys of a verb."""
     console = Console(highlight=False)
-    own = {"report": {}, "recipes": {}, "doctor": {}, "compare": COMPARE_FLAGS, "train": FLAGS | TRAIN_FLAGS}
+    own = {"report": REPORT_FLAGS, "recipes": {}, "doctor": {}, "compare": COMPARE_FLAGS, "train": FLAGS | TRAIN_FLAGS}
     flags = own.get(verb, FLAGS)
     keys = "" if verb in own and verb != "train" else " [--key value ...]"
     console.print(Text(f"usage: afterglow {verb} {takes}{keys}{''.join(f' [{flag}]' for flag in flags)}"))
