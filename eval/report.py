@@ -11,6 +11,7 @@ from typing import Any
 
 from ..core.errors import RunFolderError
 from ..core.run_folder import write_atomic
+from .report_diagnostics import describe_scaling
 from .report_results import Run, describe_filter, describe_tasks, describe_training
 from .report_samples import examples, read_samples
 from .report_sweep import describe_sweeps
@@ -44,6 +45,7 @@ def run_report(folder: str | Path) -> Path:
         when=_date(max(run.manifest["finished"] or run.manifest["started"] for run in runs)),
         tasks=list(describe_tasks(evaluations, samples)),
         unlearning=describe_unlearning(runs),
+        scaling=list(describe_scaling(runs)),
         sweeps=list(describe_sweeps(folder)),
         filters=[describe_filter(run) for run in runs if run.stage == "filter" and (run.path / "steps.json").exists()],
         trainings=[describe_training(run) for run in runs if run.stage == "train"],
