@@ -36,7 +36,10 @@ RL_COLUMNS = ("id", "prompt", "answer")  # of a method that writes its completio
 TABLES = {"retain_data": "retain_dataset"}
 FILES = (*TABLES, "alternatives", "heldout_problems")  # keys of a method that name what it reads
 # How the processes are driven, not what is computed; and what must not be stored.
-NO_IDENTITY = frozenset({"use_cpu", "ddp_backend", "dataloader_pin_memory", "hub_token"})
+NO_IDENTITY = frozenset(
+    {"use_cpu", "ddp_backend", "dataloader_pin_memory", "hub_token", "vllm_server_base_url", "vllm_server_host",
+     "vllm_server_port", "vllm_server_timeout", "vllm_group_port"}
+)  # fmt: skip
 REFUSED = {
     "resume_from_checkpoint": "a run goes on by itself from its last checkpoint; delete the key",
     "eval_strategy": "evaluate the checkpoints with `afterglow eval`; delete the key",
@@ -168,6 +171,12 @@ def check_processes(training: Training, kind: str | None = None) -> None:
                 f"{name} was asked for, and accelerate made {'DDP' if got > 1 else 'one plain process'} of it, as it "
                 "does on a CPU. Use `--accelerate_config ddp`, or a machine with GPUs."
             )
+    offloaded = env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
+    if kind == "DEEPSPEED" and offloaded and "adam" not in training.args.optim:
+        raise RecipeError(
+            f"`optim: {training.args.optim.value}`: with an offloaded optimizer accelerate silently makes Adam of it. "
+            "Use `optim: adamw_torch`, or `--accelerate_config zero3`."
+        )
     if training.args.n_gpu > 1:
         raise RecipeError(
             f"one process sees {training.args.n_gpu} GPUs. Start it with `afterglow train` (all of them), or set "

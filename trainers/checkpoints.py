@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 COMPLETE = "complete"
@@ -22,6 +23,16 @@ class MarkComplete(TrainerCallback):
         PartialState().wait_for_everyone()
         if args.should_save:
             (checkpoint_folder(args, state) / COMPLETE).touch()
+
+
+def call_the_cpu_by_its_name(args: TrainingArguments) -> None:
+    """Let checkpoints be loaded under DDP on a CPU. Call it before the trainer is built.
+
+    accelerate calls the device of such a process `cpu:0`; transformers hands that to `torch.load` for the state of the
+    optimizer, and torch knows only `cpu`.
+    """
+    if args.device.type == "cpu":
+        args.distributed_state.device = args.__dict__["_setup_devices"] = torch.device("cpu")
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:

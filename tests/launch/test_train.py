@@ -13,6 +13,7 @@ import torch
 import yaml
 from launch_recipes import read_jsonl, training_recipe, training_rows, write_rows
 from safetensors.torch import load_file
+from transformers.training_args import OptimizerNames
 
 from afterglow.core.errors import RecipeError, RunFolderError
 from afterglow.core.recipe import read_recipe
@@ -20,6 +21,7 @@ from afterglow.launch import training_recipe as recipes
 from afterglow.launch.train import main, run
 from afterglow.trainers.checkpoints import last_complete_checkpoint
 
+OFFLOAD = "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"
 LOGGED = [3, 4, 6, 8, 9, 12, 15]  # every third step, every checkpoint
 
 
@@ -263,6 +265,13 @@ def test_what_is_set_for_a_machine_without_a_gpu(tmp_path, tiny_folder, monkeypa
         (2, "MULTI_GPU", {"WORLD_SIZE": "2"}, None),
         (2, "FSDP", {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, None),
         (1, "NO", {"ACCELERATE_MIXED_PRECISION": "no"}, None),
+        (
+            2,
+            "DEEPSPEED",
+            {"WORLD_SIZE": "2", OFFLOAD: "cpu"},
+            "silently makes Adam of it",
+        ),
+        (2, "DEEPSPEED", {"WORLD_SIZE": "2", OFFLOAD: "none"}, None),
     ],
 )
 def test_silent_launch_mistakes_are_errors(monkeypatch, got, kind, environment, says):
@@ -271,7 +280,8 @@ def test_silent_launch_mistakes_are_errors(monkeypatch, got, kind, environment, 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     state = SimpleNamespace(distributed_type=SimpleNamespace(value=kind))
-    training = SimpleNamespace(args=SimpleNamespace(world_size=got, n_gpu=1), state=state)
+    args = SimpleNamespace(world_size=got, n_gpu=1, optim=OptimizerNames.SGD)
+    training = SimpleNamespace(args=args, state=state)
     if says is None:
         recipes.check_processes(training)
     else:
