@@ -16,6 +16,16 @@ def wait_before(number: int) -> float:
     return min(FIRST_WAIT * 2 ** min(number - 1, 16), LONGEST_WAIT)
 
 
+def is_healthy(url: str, timeout: float = 5.0) -> bool:
+    """Whether a vLLM server answers and its engine lives."""
+    import httpx
+
+    try:
+        return httpx.get(f"{url}/health", timeout=timeout, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
 @dataclass(eq=False)
 class Server:
     """One server: requests in flight, and since when and until when it is left alone because it does not answer."""

@@ -15,6 +15,7 @@ FLAGS = {
     "--dry_run": "Check everything, show what would be done; write and download nothing.",
     "--overwrite": "Delete what the output folder holds and start again.",
 }
+FILTER_FLAGS = {"--explain ID": "Say why a row was kept or dropped, step by step, with its scores. Needs a run."}
 COMPARE_FLAGS = {
     "--k": "Values of k whose pass@k are compared. Default: 1 and the largest that both runs can answer.",
     "--output_dir": "Where compare.json and compare.html are written. Default: nowhere.",
@@ -24,9 +25,20 @@ REPORT_FLAGS = {
     "in the folder of each finished evaluation, in place of report.html.",
 }
 TRAIN_FLAGS = {
-    "--accelerate_config": "ddp, fsdp2, zero2, zero3, single, or the path of an accelerate YAML. Default: ddp on "
-    "several GPUs, single otherwise.",
-    "--num_processes": "Processes to train with. Default: the GPUs that are visible, or 1.",
+    "--accelerate_config": "ddp, fsdp2, zero2, zero3, zero3_offload, single, cpu, or the path of an accelerate YAML. "
+    "Default: ddp on several GPUs, single otherwise.",
+    "--num_processes": "Processes to train with, on all machines together. Default: the GPUs that are visible, or 1.",
+    "--server_gpus": "With `vllm_mode: server`: start the server on that many of this machine's GPUs, the last ones.",
+    "--num_machines": "Machines that train together; the same command runs on each (`afterglow launch` writes it).",
+    "--machine_rank": "Which of them this is, from 0 on.",
+    "--main_process_ip": "Address of machine 0.",
+    "--main_process_port": "A free port of machine 0.",
+}
+SERVE_FLAGS = {
+    "--dry_run": "Check the recipe and print vLLM's command.",
+    "--host": "Address to listen on: 127.0.0.1 unless given. vLLM's development endpoints are open to whoever reaches "
+    "it: 0.0.0.0 only in a network that you trust.",
+    "--port": "Port to listen on. Default: 8000.",
 }
 PIPELINE_KEYS = {
     "output_dir": "Folder of summary.json and stages.json.",
@@ -40,10 +52,14 @@ PIPELINE_KEYS = {
 
 def show_help(verb: str, takes: str, what: str) -> int:
     """Print usage and recipe keys of a verb."""
+    from .cluster import OPTIONS
+
     console = Console(highlight=False)
     own = {"report": REPORT_FLAGS, "recipes": {}, "doctor": {}, "compare": COMPARE_FLAGS, "train": FLAGS | TRAIN_FLAGS}
+    own |= {"serve": SERVE_FLAGS, "launch": {f"--{name}": f"{text}." for name, (_, text) in OPTIONS.items()}}
+    own["filter"] = FLAGS | FILTER_FLAGS
     flags = own.get(verb, FLAGS)
-    keys = "" if verb in own and verb != "train" else " [--key value ...]"
+    keys = "" if verb in own and verb not in ("train", "filter", "serve", "launch") else " [--key value ...]"
     console.print(Text(f"usage: afterglow {verb} {takes}{keys}{''.join(f' [{flag}]' for flag in flags)}"))
     console.print(Text(f"\n{what[0].upper()}{what[1:]}.\n"))
     _print(console, "options", [(flag, "", text) for flag, text in flags.items()])

@@ -5,18 +5,47 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from ..core.errors import RecipeError
 from .console import print_error
 
+if TYPE_CHECKING:
+    from .vllm_server import ServerProcess
+
 FOLDER = Path(__file__).parent / "accelerate_configs"
-SINGLE = "single"
+SINGLE, CPU = "single", "cpu"
 PROCESSES = "AFTERGLOW_PROCESSES"  # tells each process how many were asked for: `train.check_processes` compares
 PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where this machine stands among several that train together; the same command runs on each."""
+
+    count: int = 1
+    rank: int = 0
+    address: str = ""  # of the machine with rank 0
+    port: int = 0  # on it; free on one machine, agreed upon on several
+
+    def __post_init__(self):
+        """Refuse what would wait for machines that never come.
+
+        Raises:
+            RecipeError: a number that cannot be, or no address.
+        """
+        if self.count < 1 or not 0 <= self.rank < self.count:
+            raise RecipeError(f"--machine_rank {self.rank}: must be from 0 to --num_machines - 1 ({self.count - 1}).")
+        if self.count > 1 and not (self.address and self.port):
+            raise RecipeError(
+                f"--num_machines {self.count}: --main_process_ip and --main_process_port are missing, the address of "
+                "machine 0 and a free port on it. `afterglow launch` writes a script that sets them."
+            )
 
 
 @dataclass(frozen=True)
@@ -25,8 +54,9 @@ class Setup:
 
     name: str = SINGLE
     kind: str = "NO"  # accelerate's `distributed_type`
-    processes: int = 1
+    processes: int = 1  # on all machines together
     zero_stage: int = 0  # of DeepSpeed
+    machines: Machines = Machines()
 
     @property
     def path(self) -> Path:
@@ -48,24 +78,32 @@ def config_file(name: str) -> Path:
     return path
 
 
-def choose_setup(name: str | None, processes: int | None, gpus: int) -> Setup:
+def choose_setup(name: str | None, processes: int | None, gpus: int, machines: Machines | None = None) -> Setup:
     """Decide how a training is spread. Without a wish: every GPU that is visible, else one process.
+
+    Args:
+        name: of a packaged accelerate configuration, or the path of one.
+        processes: on all machines together.
+        gpus: visible on this machine.
+        machines: several that train together.
 
     Raises:
         RecipeError: a setup that this machine cannot run, or that would silently be another one.
     """
     if processes is not None and processes < 1:
         raise RecipeError(f"--num_processes {processes}: must be at least 1.")
+    machines = machines or Machines()
+    here = max(gpus, 1) * machines.count
     if name is None:
-        processes = processes or max(gpus, 1)
+        processes = processes or here
         name = SINGLE if processes == 1 else "ddp"
     config = yaml.safe_load(config_file(name).read_text(encoding="utf-8")) or {}
     kind = str(config.get("distributed_type", "NO"))
     if config_file(name).parent == FOLDER:
-        processes = processes or (1 if name == SINGLE else max(gpus, 1))
+        processes = processes or (1 if name == SINGLE else here)
     else:
         processes = processes or int(config.get("num_processes") or 1)
-    machines = int(config.get("num_machines") or 1)
+    count = max(int(config.get("num_machines") or 1), machines.count)
     if kind == "NO" and processes > 1:
         raise RecipeError(f"--accelerate_config {name} is for one process; {processes} were asked for. Use `ddp`.")
     if kind == "MULTI_CPU":
@@ -73,7 +111,12 @@ def choose_setup(name: str | None, processes: int | None, gpus: int) -> Setup:
             f"--accelerate_config {name}: `distributed_type: MULTI_CPU` starts a single process without mpirun. "
             "Use `ddp`, which also works without a GPU."
         )
-    if gpus and processes > gpus * machines:
+    if processes % count:
+        raise RecipeError(
+            f"--num_processes {processes}: is the number on all {count} machines together, and must be a multiple of "
+            f"{count}."
+        )
+    if gpus and processes > gpus * count:
         raise RecipeError(f"--num_processes {processes}: only {gpus} GPU(s) are visible here.")
     if not gpus and kind == "FSDP":
         raise RecipeError(
@@ -83,7 +126,7 @@ def choose_setup(name: str | None, processes: int | None, gpus: int) -> Setup:
     if kind == "MULTI_GPU" and processes == 1:
         name, kind = SINGLE, "NO"
     stage = int((config.get("deepspeed_config") or {}).get("zero_stage", 0)) if kind == "DEEPSPEED" else 0
-    return Setup(name, kind, processes, stage)
+    return Setup(name, kind, processes, stage, machines)
 
 
 def count_gpus() -> int:
@@ -93,41 +136,64 @@ def count_gpus() -> int:
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
+def hide_gpus() -> None:
+    """Make this process, and those it starts, a machine without GPUs. Before torch looks for them."""
+    for variable in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"):
+        os.environ[variable] = ""
+
+
 def use_one_gpu() -> None:
     """Hide all GPUs but the first: transformers would otherwise spread one process over all of them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
 
 
-def launch_training(recipe: str, options: list[str], setup: Setup, gpus: int, overwrite: bool) -> int:
+def launch_training(
+    recipe: str, options: list[str], setup: Setup, gpus: int, overwrite: bool, server: "ServerProcess | None" = None
+) -> int:
     """Check the recipe in a process of its own, then let accelerate start the training. Returns the exit code.
 
-    The check comes first so that a mistake is one message, not one per process with a launcher's traceback below it.
+    The check comes first so that a mistake is one message, not one per process with a launcher's traceback below it,
+    and so that it costs no start of a server.
     """
     train = ["-m", "afterglow.launch.train", recipe, *options, *(["--overwrite"] if overwrite else [])]
     code = run_child([sys.executable, *train, "--check"])
     if code:
         return code
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(setup.path)]
-    command += ["--num_processes", str(setup.processes)]
-    environment = {PROCESSES: str(setup.processes)}
-    if setup.path.parent == FOLDER:
-        command += ["--main_process_port", "0"]  # a free one: two trainings may share a machine
-    if not gpus:
-        command += ["--mixed_precision", "no"]
-        environment["DS_ACCELERATOR"] = "cpu"
-        # The launcher for GPUs does not hand `use_cpu` on, and DeepSpeed wants to hear nothing of it.
-        if setup.kind != "DEEPSPEED":
-            environment["ACCELERATE_USE_CPU"] = "true"
-    cores = max((os.cpu_count() or 1) // setup.processes, 1)
+    environment = {PROCESSES: str(setup.processes)} | ({} if gpus else _without_gpus(setup))
+    cores = max((os.cpu_count() or 1) * setup.machines.count // setup.processes, 1)
     environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(cores))
-    code = run_child([*command, *train], environment)
+    command = [] if setup.name == SINGLE else _accelerate(setup, gpus)
+    with server or nullcontext():
+        code = run_child([sys.executable, *command, *train], environment)
+        if code and server and server.process.poll() is not None:
+            print_error(f"the vLLM server ended with code {server.process.returncode}. {server.last_lines()}")
     if code:
         print_error(
             f"the training ended with code {code}; the process that failed first says why, above. Once that is mended, "
             "the same command goes on from the last checkpoint."
         )
     return code
+
+
+def _accelerate(setup: Setup, gpus: int) -> list[str]:
+    """Return the launcher and its options."""
+    command = ["-m", "accelerate.commands.launch", "--config_file", str(setup.path)]
+    command += ["--num_processes", str(setup.processes)]
+    machines = setup.machines
+    if machines.count > 1:
+        command += ["--num_machines", str(machines.count), "--machine_rank", str(machines.rank)]
+        command += ["--main_process_ip", machines.address]
+        if setup.kind == "DEEPSPEED":  # its own launcher would log in to the other machines
+            command += ["--deepspeed_multinode_launcher", "standard"]
+    if machines.count > 1 or setup.path.parent == FOLDER:
+        command += ["--main_process_port", str(machines.port)]  # 0 is a free one: two trainings may share a machine
+    return command if gpus else [*command, "--mixed_precision", "no"]
+
+
+def _without_gpus(setup: Setup) -> dict[str, str]:
+    """The launcher for GPUs does not hand `use_cpu` on, and DeepSpeed wants to hear nothing of it."""
+    return {"DS_ACCELERATOR": "cpu"} | ({} if setup.kind == "DEEPSPEED" else {"ACCELERATE_USE_CPU": "true"})
 
 
 def run_child(command: list[str], environment: dict[str, str] | None = None) -> int:

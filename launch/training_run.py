@@ -16,8 +16,9 @@ from ..core.fast_forward import keep_freed_memory
 from ..core.progress import progress
 from ..core.run_folder import JsonlLog, RunFolder, write_atomic
 from ..core.trajectory import content_hash
-from ..trainers.checkpoints import MarkComplete, last_complete_checkpoint
+from ..trainers.checkpoints import MarkComplete, call_the_cpu_by_its_name, last_complete_checkpoint
 from .console import print_table
+from .full_disk import says_when_the_disk_is_full
 from .spread import check_spread, describe_spread
 from .training_recipe import (
     Training,
@@ -129,14 +130,16 @@ def _train(training: Training, table: Any, folder: Path, run: RunFolder | None, 
         _delete_broken_checkpoints(folder)
     if training.args.device.type == "cpu":
         keep_freed_memory()
+        call_the_cpu_by_its_name(training.args)
     metrics = LogMetrics(folder)
     trainer = _make_trainer(training, table, [metrics] if run else [])
     check_processes(training, str(trainer.accelerator.distributed_type.value))
-    try:
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        metrics.close()
-    _save_model(trainer, training, folder)
+    with says_when_the_disk_is_full(folder):
+        try:
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            metrics.close()
+        _save_model(trainer, training, folder)
     if run:
         summary = _summary(trainer, result.metrics, len(table))
         run.finish(summary)

@@ -16,7 +16,9 @@ from trl.models.utils import unwrap_model_for_generation
 from ..core.checkpoint import Checkpoint
 from ..core.engine_transformers import sample_batch
 from ..core.engine_vllm import CPU_CACHE_BYTES, VLLMEngine, import_vllm, process_state_kept, retie
+from ..core.errors import RecipeError
 from ..core.generation import Completion, Engine, EngineConfig, Request, open_engine, room
+from .weight_sync import watched_client
 
 
 class TransformersTurns:
@@ -159,12 +161,20 @@ def open_turns(trainer: Any, checkpoint: Checkpoint) -> TransformersTurns | Colo
 def vllm_settings(args: Any) -> Iterator[None]:
     """Let TRL build colocated vLLM with what its own keys do not say: the head's type, and what a CPU needs.
 
+    For a server, let it use a client whose waits end.
+
     Raises:
         MissingDependencyError: vLLM is asked for and is not there.
+        RecipeError: a server is asked for and there is no GPU to send it weights from.
     """
     if not args.use_vllm:
         yield
         return
+    if args.vllm_mode == "server" and not torch.cuda.is_available():
+        raise RecipeError(
+            "`vllm_mode: server`: weights travel to the server by NCCL, which needs a GPU. Use `vllm_mode: colocate`, "
+            "which works without one."
+        )
     import_vllm()
     from trl.generation import vllm_generation
 
@@ -181,8 +191,9 @@ def vllm_settings(args: Any) -> Iterator[None]:
         with process_state_kept():
             return built(**(kwargs | extra))
 
-    vllm_generation.LLM = build  # pyright: ignore
+    client = vllm_generation.VLLMClient  # pyright: ignore[reportPrivateImportUsage]
+    vllm_generation.LLM, vllm_generation.VLLMClient = build, watched_client(client)  # pyright: ignore
     try:
         yield
     finally:
-        vllm_generation.LLM = built  # pyright: ignore
+        vllm_generation.LLM, vllm_generation.VLLMClient = built, client  # pyright: ignore

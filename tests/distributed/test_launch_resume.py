@@ -90,6 +90,7 @@ def test_two_machines_train_what_one_does(tmp_path, tiny_folder):
     assert_same_model(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.timeout(900)  # DeepSpeed compiles its optimizer once
 def test_zero3_on_the_cpu_trains_with_its_own_optimizer(tmp_path, tiny_folder, capfd):
     pytest.importorskip("deepspeed")
     keys = KEYS | {"num_train_epochs": 3}

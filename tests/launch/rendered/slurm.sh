@@ -1,0 +1,33 @@
+#!/bin/bash
+# Written by: afterglow launch slurm tool_rlvr/qwen3-0.6b-gsm8k.yaml --nodes 2 --run_name 'it'"'"'s 2'
+# 2 node(s) x 8 GPU(s) x 16 row(s) x 8 accumulated = 2048 rows in a step
+# What your cluster wants besides (partition, account, time) goes on the command line: sbatch --time=24:00:00 ... FILE
+# Submit it in the folder that the recipe's paths start from; all nodes see it. The recipe is checked by `--dry_run`.
+#SBATCH --job-name=qwen3-0-6b-gsm8k
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=8
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+set -euo pipefail
+
+# Two minutes before the time limit the job goes back into the queue, and on from its last checkpoint when it returns.
+trap 'echo "time limit: queued again" >&2; scontrol requeue "$SLURM_JOB_ID"' USR1
+
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((20000 + SLURM_JOB_ID % 10000 * 3))
+export head port
+
+# Between single quotes stands what only the node knows, such as its rank.
+srun --nodes=2 --ntasks=2 --relative=0 --kill-on-bad-exit=1 --cpu-bind=none \
+  bash -c 'exec "$@" \
+  --machine_rank "$SLURM_PROCID" --main_process_ip "$head" --main_process_port "$port"' train \
+  afterglow train tool_rlvr/qwen3-0.6b-gsm8k.yaml --run_name 'it'"'"'s 2' --accelerate_config fsdp2 --num_processes 16 --num_machines 2 &
+train_step=$!
+
+status=0
+wait "$train_step" || status=$?
+exit "$status"
