@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 from ..core.errors import AfterglowError
 
 LEAST_DISK_GB = 20
+LEAST_SHARED_GB = 1
 HUB = "huggingface.co"
 RANKS_TIMEOUT = 120.0  # seconds; importing torch twice takes most of it on a slow disk
 
@@ -70,6 +71,9 @@ def check_combinations() -> Iterator[Finding]:
         yield Finding(
             "broken", "torchvision", f"{vision} is a CUDA build beside a CPU torch: pip uninstall torchvision"
         )
+    if _version("deepspeed") and (missing := [tool for tool in ("gcc", "ninja") if not shutil.which(tool)]):
+        text = f"{' and '.join(missing)} missing: ZeRO compiles parts of itself at its first start"
+        yield Finding("note", "deepspeed", text)
     if os.environ.get("VLLM_USE_V1") == "0":
         yield Finding("note", "VLLM_USE_V1", "is 0; vLLM 0.31 knows no other engine and ignores it")
 
@@ -78,6 +82,14 @@ def check_devices() -> Iterator[Finding]:
     """Name the accelerators, or say what the lack of one means."""
     import torch
 
+    driver = _driver()
+    if driver and not torch.cuda.is_available():
+        why = f"it was built for CUDA {torch.version.cuda}" if torch.version.cuda else "it is a build for CPUs"
+        text = f"driver {driver} is there and torch {torch.__version__} sees no GPU: {why}; or CUDA_VISIBLE_DEVICES is"
+        yield Finding("broken", "GPU", f"{text} {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')!r}")
+        return
+    if driver:
+        yield Finding("ok", "driver", f"{driver}, torch built for CUDA {torch.version.cuda}")
     if not torch.cuda.is_available():
         threads = torch.get_num_threads()
         yield Finding("note", "GPU", f"none: training and vLLM run on {threads} CPU threads, in float32")
@@ -87,6 +99,18 @@ def check_devices() -> Iterator[Finding]:
         bf16 = device.major >= 8
         text = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, compute capability {device.major}.{device.minor}"
         yield Finding("ok" if bf16 else "note", f"GPU {index}", text + ("" if bf16 else ": no bfloat16, use fp16"))
+
+
+def _driver() -> str | None:
+    """Return the version of NVIDIA's driver, or None where there is none."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        return "that does not answer"
+    return done.stdout.split()[0] if done.returncode == 0 and done.stdout.split() else None
 
 
 def check_ranks() -> Iterator[Finding]:
@@ -129,6 +153,14 @@ def check_disk() -> Iterator[Finding]:
         low = free < LEAST_DISK_GB
         text = f"{free:,.0f} GB free in {folder}"
         yield Finding("note" if low else "ok", what, text + (": a checkpoint of a 7B model takes 45 GB" if low else ""))
+
+
+def check_shared_memory() -> Iterator[Finding]:
+    """Look at the memory through which processes of one machine exchange data; containers have 64 MB by default."""
+    folder = Path("/dev/shm")
+    if folder.is_dir() and (size := shutil.disk_usage(folder).total / 1e9) < LEAST_SHARED_GB:
+        text = f"{size:.2g} GB: NCCL and vLLM fail with several GPUs; start the container with --ipc=host"
+        yield Finding("note", "shared memory", text)
 
 
 def check_hub() -> Iterator[Finding]:
@@ -182,7 +214,8 @@ def check_model_folder(model: str) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
-    check_versions, check_combinations, check_devices, check_ranks, check_disk, check_hub, check_sandbox,
+    check_versions, check_combinations, check_devices, check_ranks, check_disk, check_shared_memory, check_hub,
+    check_sandbox,
 )  # fmt: skip
 
 

@@ -36,6 +36,39 @@ def test_known_bad_combinations(monkeypatch, installed, what):
     assert found(doctor.check_combinations()) == {}
 
 
+def test_zero_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", {"deepspeed": "0.19.8"}.get)
+    monkeypatch.setattr(doctor.shutil, "which", lambda tool: None if tool == "ninja" else f"/usr/bin/{tool}")
+    state, text = found(doctor.check_combinations())["deepspeed"]
+    assert state == "note" and text.startswith("ninja missing")
+
+
+def test_a_gpu_that_torch_does_not_see_is_broken(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_driver", lambda: "570.86")
+    state, text = found(doctor.check_devices())["GPU"]
+    assert state == "broken" and "driver 570.86 is there and torch" in text
+    monkeypatch.setattr(doctor, "_driver", lambda: None)
+    assert found(doctor.check_devices())["GPU"][0] == "note"
+
+
+def test_the_driver_is_asked_for_its_version(monkeypatch):
+    answers = subprocess.CompletedProcess([], 0, "570.86.15\n570.86.15\n", "")
+    monkeypatch.setattr(doctor.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: answers)
+    assert doctor._driver() == "570.86.15"
+    answers.returncode = 9
+    assert doctor._driver() is None
+
+
+def test_little_shared_memory_is_a_note(monkeypatch):
+    monkeypatch.setattr(doctor, "LEAST_SHARED_GB", 1e9)
+    state, text = found(doctor.check_shared_memory())["shared memory"]
+    assert state == "note" and "--ipc=host" in text
+    monkeypatch.setattr(doctor, "LEAST_SHARED_GB", 0)
+    assert found(doctor.check_shared_memory()) == {}
+
+
 @pytest.mark.distributed
 def test_two_real_processes_reach_each_other():
     state, text = found(doctor.check_ranks())["ranks"]
