@@ -10,7 +10,7 @@ from afterglow.core.errors import AfterglowError
 from afterglow.core.recipe import read_recipe
 from afterglow.eval.tasks import load_tasks
 from afterglow.launch.cli import NO_RECIPE, VERBS, build_parser
-from afterglow.launch.pipeline_recipe import parse_pipeline, parse_recipe
+from afterglow.launch.pipeline_recipe import RECIPE, parse_pipeline, parse_recipe
 from afterglow.launch.processes import choose_setup
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +51,9 @@ def test_a_recipe_is_read_and_built(path):
     if verb == "run":
         _, stages = parse_pipeline(str(path), [])
         assert stages
+        for stage in stages:
+            if stage.takes == RECIPE:
+                parse_recipe(stage.verb, stage.section())
     else:
         parse_recipe(verb, section)
 
