@@ -175,7 +175,7 @@ def apply(
             max_length=config.max_length, token_budget=config.token_budget, work=cache_folder, progress=progress,
         )  # fmt: skip
     classes = ["all"] * len(table) if config.by is None else [str(value) for value in table[config.by]]
-    usable = np.isfinite(own).all(axis=1)
+    usable = np.asarray(np.isfinite(own).all(axis=1))
     if not usable.any():
         raise DataError(
             f"`coreset`: {config.losses or config.checkpoints} has a finite loss at every checkpoint for none of the "

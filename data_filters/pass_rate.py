@@ -1,7 +1,7 @@
 """Keep the problems of a middling pass rate, from the rows of any evaluation, and order them for a curriculum.
 
-    - pass_rate: {samples: runs/eval/student/samples.jsonl}                              # 0 < pass rate < 1
     - pass_rate: {samples: runs/eval/student/samples.jsonl, min_rate: 0.2, max_rate: 0.8, curriculum: easy_first}
+    - pass_rate                     # 0 < pass rate < 1, of the data's own rows: put `grade` before it
 
 The pass rate of a problem is the share of right samples among its graded ones. A problem that is always or never solved
 has no variance: every advantage of a group-relative policy gradient is zero on it, and it is dropped at any bounds.
@@ -15,11 +15,11 @@ number of problems, and `curriculum: random` for the order.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from datasets import Dataset
 
@@ -36,7 +36,13 @@ NOT_SAMPLED = "problem was not sampled"
 class PassRateConfig:
     """Where the evaluation is, and which problems stay."""
 
-    samples: str | list[str] = field(metadata={"help": "samples.jsonl of an evaluation; several files count as one."})
+    samples: str | list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "samples.jsonl of an evaluation; several files count as one. Default: the labels of the data's own "
+            "rows."
+        },
+    )
     min_rate: float = field(default=0.0, metadata={"help": "Drop problems with a lower pass rate."})
     max_rate: float = field(default=1.0, metadata={"help": "Drop problems with a higher pass rate."})
     keep_zero_variance: bool = field(
@@ -72,18 +78,23 @@ class PassRateConfig:
 
 
 def check(table: Dataset, config: PassRateConfig, filled: Iterable[str] = ()) -> None:
-    """Look at the first row of each file, before an earlier step computes.
+    """Look at the first row of each file, or for labels in the data, before an earlier step computes.
 
     Raises:
-        DataError: a file is missing or is no evaluation.
+        DataError: a file is missing or is no evaluation, or nothing is graded.
     """
     for file in _files(config):
         for where, row in islice(read_rows(file), 1):
             _refuse_others(where, row)
+    if config.samples is None and "correct" not in filled and all(label is None for label in table["correct"]):
+        raise DataError(
+            "`pass_rate` without `samples` reads the column `correct`, which is null in every row. Put `- grade` "
+            "before `- pass_rate` in `steps`, or name the samples.jsonl of an evaluation."
+        )
 
 
 def _files(config: PassRateConfig) -> list[str]:
-    return [config.samples] if isinstance(config.samples, str) else config.samples
+    return [config.samples] if isinstance(config.samples, str) else config.samples or []
 
 
 def _refuse_others(where: str, row: Mapping[str, Any]) -> None:
@@ -116,10 +127,11 @@ def apply(
     """Keep every row of the problems within the bounds; adds `pass_rate`, `n_graded` and `curriculum_rank`.
 
     Raises:
-        DataError: a file is missing or no evaluation, or it shares no problem with the data.
+        DataError: a file is missing or no evaluation, or it shares no problem with the data; nothing is graded.
     """
+    check(table, config)
     files = _files(config)
-    found = count_right(row for file in files for row in read_rows(file))
+    found = count_right(chain.from_iterable(map(read_rows, files)) if files else _own_rows(table))
     problems = [str(problem) for problem in table["problem_id"]]
     if found.keys().isdisjoint(problems):
         raise DataError(
@@ -143,6 +155,11 @@ def apply(
         place = {problem: n for n, problem in enumerate(curriculum_order(kept, rate, config.curriculum, seed))}
         scores[ORDER] = [place.get(problem) for problem in problems]
     return FilterResult(scores, dropped, _report(set(problems), found, kinds, rate))
+
+
+def _own_rows(table: Dataset) -> Iterator[tuple[str, dict]]:
+    for row in table.select_columns(["problem_id", "correct"]):
+        yield "the data", cast("dict", row)
 
 
 def curriculum_order(problems: Iterable[str], rate: Mapping[str, float], order: str, seed: int) -> list[str]:

@@ -13,6 +13,8 @@ was not helped by one. TRICE (arXiv 2605.06326) names "tool-advantaged problems"
 one and its numbers are our choice. `keep: varied` instead keeps the problems that are neither always nor never solved
 with tools, where a policy gradient has something to learn (problems of zero variance give none).
 
+Of the problems that stay, a row whose calls failed more often than `max_failed` goes: it would teach calls that fail.
+
 The control is `- random` at the same number of problems; the report counts the problems of every kind.
 """
 
@@ -55,10 +57,18 @@ class ToolSuitabilityConfig:
         default=8, metadata={"help": "Graded samples of each mode that a problem needs; with fewer it is dropped."}
     )
 
+    max_failed: float = field(
+        default=0.5,
+        metadata={
+            "help": "Largest share of failed calls of a row (`n_failed` / `n_calls`); a row without these two columns "
+            "stays."
+        },
+    )
+
     def __post_init__(self):
-        for key in ("min_gain", "hard"):
+        for key in ("min_gain", "hard", "max_failed"):
             if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"`{key}` is a share of samples, from 0 to 1, got {getattr(self, key)}")
+                raise ValueError(f"`{key}` is a share, from 0 to 1, got {getattr(self, key)}")
         if self.min_samples < 1:
             raise ValueError(f"`min_samples` must be at least 1, got {self.min_samples}")
 
@@ -138,6 +148,16 @@ def successful_calls(row: Mapping[str, Any]) -> int:
     return sum(message["role"] == "tool" for message in row["completion"])
 
 
+def failed_shares(table: Dataset) -> list[float]:
+    """Return the share of failed calls of each row; 0 without calls, and where nobody counted them."""
+    if not {"n_calls", "n_failed"} <= set(table.column_names):
+        return [0.0] * len(table)
+    return [
+        (failed or 0) / calls if calls else 0.0
+        for calls, failed in zip(table["n_calls"], table["n_failed"], strict=True)
+    ]
+
+
 def apply(
     table: Dataset, config: ToolSuitabilityConfig, *, seed: int, cache_folder: Path, progress: ShowProgress | None
 ) -> FilterResult:
@@ -155,12 +175,14 @@ def apply(
             f"there and {problems[0]!r} here). Sample the same problems, or map `problem_id` in `columns`."
         )
     kinds = {problem: found.kind(config) for problem, found in record.items()}
-    dropped = {}
+    dropped, failed = {}, failed_shares(table)
     with bar_of(progress, "tool_suitability", len(table)) as bar:
         for row, problem in enumerate(problems):
             kind = kinds.get(problem, NOT_MEASURED)
             if kind != config.keep:
                 dropped[row] = kind
+            elif failed[row] > config.max_failed:
+                dropped[row] = f"more than {100 * config.max_failed:.3g}% of its calls failed"
             bar.advance()
     scores = {
         f"accuracy_{mode}": [_accuracy(record.get(problem), mode) for problem in problems] for mode in (TOOL, TEXT)

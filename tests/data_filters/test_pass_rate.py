@@ -75,6 +75,16 @@ def test_a_chain_writes_its_rows_in_the_order_of_the_curriculum(tmp_path):
     assert list(kept["id"]) == [f"{name}-{i}" for name in ("easy", "half", "hard") for i in range(2)]
 
 
+def test_the_data_are_their_own_evaluation(tmp_path):
+    labels = {"p": [True, False, None, True, False], "q": [True] * 4}
+    rows = [row(f"{name}{i}", problem_id=name, correct=c) for name, own in labels.items() for i, c in enumerate(own)]
+    result = run_filter(pass_rate, rows, PassRateConfig(), tmp_path)
+    assert result.scores["pass_rate"] == [1 / 2] * 5 + [1.0] * 4
+    assert set(dropped_ids(rows, result).values()) == {"always solved"} and len(result.dropped) == 4
+    with pytest.raises(DataError, match=r"null in every row\. Put `- grade` before"):
+        run_filter(pass_rate, rows_of(["p"]), PassRateConfig(), tmp_path)
+
+
 def test_two_files_are_read_as_one(tmp_path):
     halves = [str(write_jsonl(tmp_path / f"{i}.jsonl", samples()[i::2])) for i in range(2)]
     result = run_filter(pass_rate, rows_of(["hard", "half"]), PassRateConfig(halves), tmp_path)

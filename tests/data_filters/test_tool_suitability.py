@@ -1,5 +1,5 @@
 import pytest
-from filter_tables import dropped_ids, row, run_filter, write_jsonl
+from filter_tables import dropped_ids, row, run_filter, table, write_jsonl
 
 from afterglow.core.errors import DataError, RecipeError
 from afterglow.core.recipe import Section, build, read_recipe
@@ -85,6 +85,17 @@ def test_calls_are_counted_from_the_messages_where_no_count_is_given(tmp_path):
         sample["completion"] = called * 3 + ANSWERED
     _, result = run(tmp_path, problems(["p"]), found)
     assert result.scores["calls_when_right"] == [3.0, 3.0] and not result.dropped
+
+
+def test_a_row_whose_calls_mostly_fail_goes(tmp_path):
+    """Failed shares 1/2, 2/3, none without calls, and nothing counted."""
+    counts = {"half": (4, 2), "most": (3, 2), "none": (0, 0), "null": (None, None)}
+    data = table([row(name, problem_id="p") for name in counts])
+    for i, column in enumerate(("n_calls", "n_failed")):
+        data = data.add_column(column, [of[i] for of in counts.values()])
+    gone, _ = run(tmp_path, data, samples("p", tool=8, text=0))
+    assert gone == {"most": "more than 50% of its calls failed"}
+    assert run(tmp_path, data, samples("p", tool=8, text=0), max_failed=1.0)[0] == {}
 
 
 def test_two_files_are_read_as_one(tmp_path):
