@@ -36,6 +36,7 @@ FEATURES = {
     "finish_reason": Value("string"),
 }
 MAX_ERRORS_SHOWN = 20
+WRITE_ROWS = 1_000
 
 
 @dataclass
@@ -206,7 +207,18 @@ def _message_fault(messages: Any, name: str) -> str | None:
         content = message.get("content")
         if not isinstance(content, str | None) or (content is None and not message.get("tool_calls")):
             return f"`{name}[{i}].content` must be text"
+        if half := _half_character(content or ""):
+            return f"`{name}[{i}].content` has half a character at {half} (an escape like \\ud83d alone); mend the text"
     return None
+
+
+def _half_character(text: str) -> str:
+    """Say where a text holds a lone surrogate, which no table can store; empty where it holds none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"position {error.start}"
+    return ""
 
 
 def normalise_row(row: dict, config: DataConfig) -> dict:
@@ -415,8 +427,11 @@ def write_trajectories(table: Dataset, path: str | Path) -> Path:
         table.to_parquet(str(partial))
     else:
         with open(partial, "w", encoding="utf-8") as out:
-            for row in table:
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            # Row by row would look up each row of a selection by itself.
+            for start in range(0, len(table), WRITE_ROWS):
+                batch: dict[str, list] = table[start : start + WRITE_ROWS]
+                for row in zip(*batch.values(), strict=True):
+                    out.write(json.dumps(dict(zip(batch, row, strict=True)), ensure_ascii=False) + "\n")
     os.replace(partial, path)
     return path
 

@@ -100,6 +100,7 @@ def test_messages_split_at_the_first_assistant_turn_and_tool_arguments_survive(t
         ({"prompt": "x"}, "no `completion`"),
         (ROW | {"completion": "  "}, "empty completion"),
         (ROW | {"completion": [{"role": "robot", "content": "x"}]}, r"`completion\[0\]` needs a `role`"),
+        (ROW | {"completion": "It is \ud83d."}, r"`completion\[0\].content` has half a character at position 6"),
         (ROW | {"completion": [{"role": "assistant", "content": 3}]}, r"`completion\[0\].content` must be text"),
         (ROW | {"finish_reason": "tired"}, "finish_reason 'tired' is none of"),
         (ROW | {"correct": "yes"}, "correct must be true, false or null"),
