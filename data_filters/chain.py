@@ -10,7 +10,8 @@
 
 Every step sees the rows that the steps before it kept, with the columns that they added. The folder then holds
 
-    kept.jsonl      the training set: trajectories in the order of the input, with one column per score
+    kept.jsonl      the training set: trajectories in the order of the input (or of a curriculum, see pass_rate), with
+                    one column per score
     dropped.jsonl   every other row of the input, with `dropped_by`, `reason` and the scores it got
     steps.json      rows in and out of each step, by reason and by source, and the step's own report
     steps/0-grade/  what one step decided, stored when it ends, so that a killed chain goes on after it
@@ -18,7 +19,6 @@ Every step sees the rows that the steps before it kept, with the columns that th
 
 import difflib
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,10 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset
 
@@ -37,12 +33,27 @@ from ..core.errors import DataError, RecipeError
 from ..core.progress import progress
 from ..core.recipe import Section, build, plain
 from ..core.run_folder import RunFolder, write_atomic
-from ..core.trajectory import DataConfig, content_hash, load_trajectories, write_trajectories
-from . import branching, grade, length, mixture, negatives, random_drop, rsr, tool_suitability
+from ..core.trajectory import DataConfig, load_trajectories, write_trajectories
+from . import (
+    branching,
+    coreset,
+    decontamination,
+    deduplication,
+    error_patterns,
+    grade,
+    length,
+    message_format,
+    mixture,
+    negatives,
+    pass_rate,
+    random_drop,
+    rsr,
+    step_deletion,
+    tool_suitability,
+)
+from .flow import Flow, store
 from .result import FilterResult
-from .selection import count_by, source_name
-
-DROPPED_BY, REASON = "dropped_by", "reason"
+from .selection import source_name
 
 
 class Step(NamedTuple):
@@ -59,9 +70,20 @@ STEPS = {
     "grade": Step(grade.GradeConfig, grade.apply, grade.check, grade.FILLS),
     "rsr": Step(rsr.RSRConfig, rsr.apply, reads=("model",)),
     "branching": Step(branching.BranchingConfig, branching.apply),
+    "delete_steps": Step(step_deletion.StepDeletionConfig, step_deletion.apply, fills=("completion",)),
     "negatives": Step(negatives.NegativesConfig, negatives.apply, negatives.check),
+    "error_patterns": Step(error_patterns.ErrorPatternsConfig, error_patterns.apply),
+    "pass_rate": Step(pass_rate.PassRateConfig, pass_rate.apply, pass_rate.check, reads=("samples",)),
+    "coreset": Step(
+        coreset.CoresetConfig, coreset.apply, coreset.check, reads=("losses", "checkpoint_folders", "validation")
+    ),
     "random": Step(random_drop.RandomConfig, random_drop.apply),
     "length": Step(length.LengthConfig, length.apply),
+    "format": Step(message_format.FormatConfig, message_format.apply),
+    "deduplication": Step(deduplication.DeduplicationConfig, deduplication.apply),
+    "decontamination": Step(
+        decontamination.DecontaminationConfig, decontamination.apply, decontamination.check, reads=("sources",)
+    ),
     "mixture": Step(mixture.MixtureConfig, mixture.apply, mixture.check),
     "tool_suitability": Step(
         tool_suitability.ToolSuitabilityConfig, tool_suitability.apply, tool_suitability.check, reads=("samples",)
@@ -130,6 +152,11 @@ def resolved(config: FilterConfig, data: DataConfig, steps: list[tuple[str, Any]
 # the run
 
 
+def identity_of(config: FilterConfig, data: DataConfig, steps: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return what a run folder is opened and checked with."""
+    return {"stage": "filter", "config": resolved(config, data, steps), "inputs": _inputs(data, steps)}
+
+
 def run(section: Section, overwrite: bool = False, dry_run: bool = False) -> Path:
     """Run a filter recipe, or go on where a killed run stopped, and return its folder.
 
@@ -148,8 +175,7 @@ def run(section: Section, overwrite: bool = False, dry_run: bool = False) -> Pat
     """
     config, data, steps = parse(section)
     folder_path = Path(config.output_dir)
-    identity = resolved(config, data, steps)
-    opening = {"stage": "filter", "config": identity, "inputs": _inputs(data, steps)}
+    opening = identity_of(config, data, steps)
     if not overwrite:
         RunFolder.check(folder_path, **opening)
         if not dry_run and (folder_path / "kept.jsonl").exists():
@@ -161,7 +187,7 @@ def run(section: Section, overwrite: bool = False, dry_run: bool = False) -> Pat
     table = load_trajectories(data, on_invalid=invalid.append)
     _check_steps(table, steps)
     if dry_run:
-        _show_plan(identity, table, invalid)
+        _show_plan(opening["config"], table, invalid)
         return folder_path
     # Only now: a recipe or a file that is mended after an error meets no folder of its broken self.
     with RunFolder.open(folder_path, **opening, overwrite=overwrite, extra={"seed": config.seed}) as folder:
@@ -175,7 +201,8 @@ def _inputs(data: DataConfig, steps: list[tuple[str, Any]]) -> dict[str, str | l
     if data.problems:
         inputs["problems"] = data.problems
     for index, (name, config) in enumerate(steps):
-        inputs |= {f"steps.{index}-{name}.{key}": getattr(config, key) for key in STEPS[name].reads}
+        given = {key: getattr(config, key) for key in STEPS[name].reads}
+        inputs |= {f"steps.{index}-{name}.{key}": source for key, source in given.items() if source}
     return inputs
 
 
@@ -189,7 +216,7 @@ def _check_steps(table: Dataset, steps: list[tuple[str, Any]]) -> None:
 
 
 def _run_steps(folder: RunFolder, table: Dataset, steps: list[tuple[str, Any]], seed: int, invalid: list[str]) -> None:
-    flow = _Flow(table)
+    flow = Flow(table)
     entries: list[dict] = []
     for index, (name, config) in enumerate(steps):
         step_folder = folder.path / "steps" / f"{index}-{name}"
@@ -212,6 +239,8 @@ def _run_steps(folder: RunFolder, table: Dataset, steps: list[tuple[str, Any]], 
             f"step {len(entries)} (`{last['step']}`) dropped the last {last['rows_in']} row(s): {reasons}. Loosen it; "
             f"the rows stand in {folder.path / 'dropped.jsonl'}."
         )
+    if pass_rate.ORDER in kept.column_names:
+        kept = kept.sort(pass_rate.ORDER)
     write_trajectories(kept, folder.path / "kept.jsonl")
     folder.finish(summary)
 
@@ -221,111 +250,7 @@ def _compute_step(name: str, config: Any, rows: Dataset, seed: int, step_folder:
     step_folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     result = STEPS[name].apply(rows, config, seed=seed, cache_folder=step_folder, progress=progress)
-    columns = {"id": list(rows["id"])} | result.scores
-    columns[REASON] = [result.dropped.get(row) for row in range(len(rows))]
-    types = {REASON: pa.string()}
-    decided = pa.table({key: pa.array(values, types.get(key)) for key, values in columns.items()})
-    partial = step_folder / ".rows.parquet.partial"
-    pq.write_table(decided, partial)
-    partial.replace(step_folder / "rows.parquet")
-    report = {"seconds": round(time.monotonic() - start, 3), "report": plain(result.report)}
-    write_atomic(step_folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-
-
-class _Flow:
-    """The whole input table, never copied: score columns are laid beside it, and `kept` says which rows are left."""
-
-    def __init__(self, table: Dataset):
-        # A file that is itself the dropped.jsonl of an earlier chain must not say that our kept rows were dropped.
-        stale = [name for name in (DROPPED_BY, REASON) if name in table.column_names]
-        self.table = table.remove_columns(stale) if stale else table
-        self.kept = np.arange(len(table))
-        self._dropped_by = np.full(len(table), None, dtype=object)
-        self._reason = np.full(len(table), None, dtype=object)
-        self._changes = 0
-
-    def rows(self) -> Dataset:
-        """The rows that are left, with the scores so far."""
-        return self._select(self.table, self.kept)
-
-    def absorb(self, name: str, step_folder: Path) -> dict:
-        """Take over what a step stored, and return its entry of steps.json.
-
-        A resumed chain and an undisturbed one both come through here, with the same bytes.
-        """
-        decided = pq.read_table(step_folder / "rows.parquet")
-        stored = json.loads((step_folder / "report.json").read_text(encoding="utf-8"))
-        sources = [source_name(source) for source in self.rows()["source"]]
-        for column in decided.column_names:
-            if column not in ("id", REASON):
-                self._lay_beside(column, decided.column(column).combine_chunks())
-        reasons = decided.column(REASON).to_pylist()
-        out = np.array([reason is not None for reason in reasons], dtype=bool)
-        gone = self.kept[out]
-        self._dropped_by[gone] = name
-        self._reason[gone] = [reason for reason in reasons if reason is not None]
-        self.kept = self.kept[~out]
-        before, after = Counter(sources), Counter(s for s, dropped in zip(sources, out, strict=True) if not dropped)
-        return {
-            "step": name,
-            "rows_in": len(reasons),
-            "kept": len(self.kept),
-            "dropped": len(gone),
-            # a reason may state the row's own score: count such reasons as one
-            "reasons": count_by(re.sub(r"\d+\.\d+", "#", reason) for reason in reasons if reason is not None),
-            "by_source": {s: {"rows_in": before[s], "kept": after[s]} for s in sorted(before)},
-            "report": stored["report"],
-        }
-
-    def outcome(self) -> tuple[Dataset, Dataset]:
-        """The kept rows, and the dropped ones with who dropped them and why."""
-        gone = np.flatnonzero(self._dropped_by != np.array(None))
-        dropped = self._add(self._add(self.table, DROPPED_BY, self._dropped_by), REASON, self._reason)
-        return self.rows(), self._select(dropped, gone)
-
-    def _lay_beside(self, name: str, values: pa.Array) -> None:
-        """Make a step's column one of the whole table; rows that the step did not see keep what they had."""
-        place = np.full(len(self.table), -1)
-        place[self.kept] = np.arange(len(self.kept))
-        column = values.take(pa.array(place, mask=place < 0))
-        order = self.table.column_names
-        if name in order:
-            old, json_type = self.table.data.column(name), column.type if _is_json(column) else None
-            try:
-                column, old = (values.cast(pa.string()) if _is_json(values) else values for values in (column, old))
-                if pa.types.is_null(column.type):
-                    column = column.cast(old.type)
-                old = old.cast(column.type).combine_chunks()
-                column = pc.if_else(pa.array(place >= 0), column, old)  # pyright: ignore[reportAttributeAccessIssue]
-                column = json_type.wrap_array(column) if json_type else column
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-                raise DataError(
-                    f"the data has a column `{name}` of type {old.type}, and a step writes {values.type} there. Give "
-                    f"the data's column another name with `columns: {{{name}_in_file: {name}}}`."
-                ) from None
-            self.table = self.table.remove_columns(name, new_fingerprint=self._fingerprint())
-        self.table = self._add(self.table, name, column)
-        if name in order:
-            self.table = self.table.select_columns(order, new_fingerprint=self._fingerprint())
-
-    # datasets would hash a whole column to name the changed table; a name of our own costs nothing.
-
-    def _fingerprint(self) -> str:
-        self._changes += 1
-        return content_hash(id(self), time.time_ns(), self._changes)
-
-    def _add(self, table: Dataset, name: str, values: Any) -> Dataset:
-        return table.add_column(name, values, new_fingerprint=self._fingerprint())
-
-    def _select(self, table: Dataset, rows: np.ndarray) -> Dataset:
-        if len(rows) == len(table):
-            return table
-        return table.select(rows, new_fingerprint=self._fingerprint())
-
-
-def _is_json(column: Any) -> bool:
-    """Whether a column holds JSON, which Arrow stores as text and does not compute with."""
-    return isinstance(column.type, pa.JsonType)
+    store(result, rows, time.monotonic() - start, step_folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from .text_match import assistant_text, normalise, word_ngrams
 READ_ROWS = 512
 SHINGLES_AT_ONCE = 8192  # times num_perm times 4 bytes: the scratch memory of one MinHash update
 REMEMBERED = 1024
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no bit is lost
 MISSED = 0.005  # largest share of the pairs at the threshold that MinHash may not propose
 
 
@@ -77,6 +78,17 @@ def shingles(text: str, n: int) -> set[str]:
     return word_ngrams(words, n) or {text}
 
 
+def shingle_hashes(text: str, n: int) -> np.ndarray:
+    """Return a 32-bit number for each of the shingles of a text, repeated ones repeated."""
+    words = text.split() or [""]
+    n = min(n, len(words))
+    of_words = np.fromiter((zlib.crc32(word.encode()) for word in words), dtype=np.uint64, count=len(words))
+    mixed = np.zeros(len(words) - n + 1, dtype=np.uint64)
+    for place in range(n):
+        mixed = (mixed + of_words[place : place + len(mixed)]) * _MIX  # modulo 2^64
+    return (mixed >> np.uint64(32)).astype(np.uint32)
+
+
 def similarity(one: set[str], other: set[str]) -> float:
     """Return the Jaccard similarity of two sets that are not both empty."""
     common = len(one & other)
@@ -102,21 +114,17 @@ class Bands:
         from datasketch import MinHash
 
         self.count, self.rows = bands_and_rows(threshold, num_perm)
-        self._empty = MinHash(num_perm=num_perm, seed=1, hashfunc=_crc)
+        self._minhash = MinHash(num_perm=num_perm, seed=1, hashfunc=int)  # it mixes the numbers it is given itself
         rng = np.random.default_rng(1)
         self._mix = rng.integers(1, 2**63, size=self.rows, dtype=np.uint64) | np.uint64(1)
 
-    def of(self, grams: set[str], salt: int) -> np.ndarray:
-        """Return one 64-bit number per band; texts with another salt share none."""
-        signature, found = self._empty.copy(), list(grams)
-        for start in range(0, len(found), SHINGLES_AT_ONCE):
-            signature.update_batch(found[start : start + SHINGLES_AT_ONCE])
-        used = signature.hashvalues[: self.count * self.rows].reshape(self.count, self.rows).astype(np.uint64)
+    def of(self, hashes: np.ndarray, salt: int) -> np.ndarray:
+        """Return one 64-bit number per band for what `shingle_hashes` returned; other salts share none."""
+        self._minhash.clear()
+        for start in range(0, len(hashes), SHINGLES_AT_ONCE):
+            self._minhash.update_batch(hashes[start : start + SHINGLES_AT_ONCE].tolist())
+        used = self._minhash.hashvalues[: self.count * self.rows].reshape(self.count, self.rows).astype(np.uint64)
         return (used * self._mix).sum(axis=1, dtype=np.uint64) ^ np.uint64(salt)
-
-
-def _crc(gram: str) -> int:
-    return zlib.crc32(gram.encode())
 
 
 def _digest(*parts: str, size: int = 16) -> bytes:
@@ -149,7 +157,7 @@ def apply(
             digests[row] = _digest(scope, text)
             if bands:
                 salt = int.from_bytes(_digest(scope, size=8), "little")
-                hashes[row] = bands.of(shingles(text, config.ngram_words), salt)
+                hashes[row] = bands.of(shingle_hashes(text, config.ngram_words), salt)
             bar.advance(1)
     ids = list(table["id"])
     exact = _exact(digests, ids, seed)

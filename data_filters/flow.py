@@ -29,7 +29,8 @@ READ_ROWS = 10_000
 
 def arrow_column(table: Dataset, name: str) -> pa.ChunkedArray:
     """Return one column of the rows that a table selects, without a Python object for each."""
-    return table.select_columns([name]).with_format("arrow")[:].column(name)
+    whole: Any = table.select_columns([name]).with_format("arrow")[:]
+    return whole.column(name)
 
 
 def store(result: FilterResult, rows: Dataset, seconds: float, step_folder: Path) -> None:

@@ -5,7 +5,6 @@
 Every rule has its own reason, the first that fails is given. Whether the answer is right is for `grade` to say.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -60,12 +59,12 @@ def repetition(text: str, n: int = REPEATED_WORDS) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def fault(completion: Sequence[Mapping[str, Any]], finish_reason: str | None, config: FormatConfig) -> str | None:
+def fault(completion: list[dict[str, Any]], finish_reason: str | None, config: FormatConfig) -> str | None:
     """Say which rule a row breaks, or None."""
     if config.finished and (broken := _unfinished(completion, finish_reason)):
         return broken
     last = next((m for m in reversed(completion) if m["role"] == "assistant"), {"role": "assistant", "content": ""})
-    text = final_text(list(completion))
+    text = final_text(completion)
     own = next((last[key] for key in THOUGHT_KEYS if isinstance(last.get(key), str)), None)
     in_text = any(mark in text for mark in THOUGHT_MARKS)
     marked = own is not None or in_text
@@ -75,7 +74,7 @@ def fault(completion: Sequence[Mapping[str, Any]], finish_reason: str | None, co
             return "no marked reasoning"
         if rest is None:
             return "reasoning never closes"
-        if not (own or (reasoning_text([dict(last)]) if in_text else "")).strip():
+        if not (own or (reasoning_text([last]) if in_text else "")).strip():
             return "empty reasoning"
     if config.reasoning == "forbidden" and marked:
         return "marked reasoning"
@@ -86,7 +85,7 @@ def fault(completion: Sequence[Mapping[str, Any]], finish_reason: str | None, co
     return None
 
 
-def _unfinished(completion: Sequence[Mapping[str, Any]], finish_reason: str | None) -> str | None:
+def _unfinished(completion: list[dict[str, Any]], finish_reason: str | None) -> str | None:
     if finish_reason not in (None, "stop"):
         return f"finish_reason is {finish_reason}"
     calls = sum(len(message.get("tool_calls") or ()) for message in completion)

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Marks that differ between copies of a problem and never change what it asks: math delimiters, quotes, end marks.
-_MARKS = re.compile(r"\\[()\[\]]|[$\"'`“”‘’«»?!;:]")
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_DECIMALS = re.compile(r"(?<=\d)\.\d+")
+_MARKS = str.maketrans(dict.fromkeys("$\"'`“”‘’«»?!;:", " "))
+_DELIMITERS = re.compile(r"\\[()\[\]]")
+# What must stand before comes after the first letter: a pattern that begins with a look-behind is tried everywhere.
+_THOUSANDS = re.compile(r",(?<=\d,)(?=\d{3}(?!\d))")
+_DECIMALS = re.compile(r"\.(?<=\d\.)\d+")
 _LOOSE_POINT = re.compile(r"[.,](?!\d)")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
@@ -25,7 +27,7 @@ def normalise(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).casefold()
     text = _THOUSANDS.sub("", text)
     text = _DECIMALS.sub(lambda digits: digits[0].rstrip("0"), text)
-    return " ".join(_LOOSE_POINT.sub(" ", _MARKS.sub(" ", text)).split())
+    return " ".join(_LOOSE_POINT.sub(" ", _DELIMITERS.sub(" ", text).translate(_MARKS)).split())
 
 
 def without_numbers(normal: str) -> str:

@@ -9,9 +9,11 @@ from typing import Any
 from ..core.pass_at_k import pass_at_k
 from ..core.trajectory import read_rows
 from . import report_figures as figures
+from .report_flow import flow
 from .report_heat_map import heat_map
 from .report_ledger import describe_ledger
 from .report_samples import TaskSamples, sample_figures
+from .report_steps import describe_report
 from .scores import PROBLEMS_FILE, SCORES_FILE, percent, points, shown_metrics
 from .tool_use import TOOL_FACTS
 from .uncertainty import paired_difference
@@ -171,14 +173,16 @@ def _change(first: _Entry, second: _Entry) -> dict[str, Any]:
 
 
 def describe_filter(run: Run) -> dict[str, Any]:
-    """Return the steps of a chain of filters with every histogram that they report."""
+    """Return the steps of a chain of filters: the flow of its rows, and every histogram that the steps report."""
     steps = run.json("steps.json")
-    drawn = [
+    drawn = [flow(f"rows of {run.name}, step by step", steps["steps"])] if steps["steps"] else []
+    drawn += [
         figures.histogram(f"{step['step']}{title}", edges, counts)
         for step in steps["steps"]
         for title, edges, counts in find_histograms(step["report"])
     ]
-    return {"name": run.name, "summary": steps, "steps": steps["steps"], "figures": drawn}
+    own = [(step["step"], *describe_report(step["report"])) for step in steps["steps"] if step["report"]]
+    return {"name": run.name, "summary": steps, "steps": steps["steps"], "own": own, "figures": drawn}
 
 
 def find_histograms(report: Any, path: str = "") -> Iterator[tuple[str, list[float], dict[str, list[int]]]]:

@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import pkgutil
 import random
 import shutil
 import signal
@@ -309,12 +310,9 @@ def test_killed_between_two_files(stop, tmp_path, monkeypatch):
         return wrapped
 
     with monkeypatch.context() as patch:
-        for target in ("chain.write_trajectories", "chain.write_atomic", "chain.RunFolder.finish"):
+        for target in ("chain.write_trajectories", "chain.write_atomic", "flow.write_atomic", "chain.RunFolder.finish"):
             name = f"afterglow.data_filters.{target}"
-            owner = __import__("afterglow.data_filters.chain", fromlist=["x"])
-            for part in target.split(".")[1:]:
-                original = owner = getattr(owner, part)
-            patch.setattr(name, at(target, original))
+            patch.setattr(name, at(target, pkgutil.resolve_name(name)))
         with pytest.raises(Killed):
             run(recipe(tmp_path, CHAIN), overwrite=True)
     assert run(recipe(tmp_path, CHAIN)) == folder

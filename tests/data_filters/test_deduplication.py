@@ -5,7 +5,14 @@ import pytest
 from filter_tables import dropped_ids, row, run_filter, table
 
 from afterglow.data_filters import deduplication
-from afterglow.data_filters.deduplication import Bands, DeduplicationConfig, bands_and_rows, shingles, similarity
+from afterglow.data_filters.deduplication import (
+    Bands,
+    DeduplicationConfig,
+    bands_and_rows,
+    shingle_hashes,
+    shingles,
+    similarity,
+)
 
 WORDS = [f"w{i}" for i in range(500)]
 
@@ -30,6 +37,15 @@ def test_shingles_and_similarity_by_hand():
     one, other = shingles("a b c d", 2), shingles("a b c e", 2)
     assert one == {"a b", "b c", "c d"} and similarity(one, other) == 2 / 4
     assert shingles("a b", 5) == {"a b"} and shingles("", 5) == {""}
+
+
+def test_hashes_are_one_to_one_with_shingles():
+    text = " ".join(words(3000)) + " a b c d e a b c d e"
+    found, grams = shingle_hashes(text, 5), shingles(text, 5)
+    assert len(found) == 3010 - 4 and len(set(found.tolist())) == len(grams)
+    assert shingle_hashes("a b c", 2).tolist()[1] == shingle_hashes("b c", 2).tolist()[0]
+    assert shingle_hashes("a b", 2).tolist() != shingle_hashes("b a", 2).tolist(), "the order of words counts"
+    assert len(shingle_hashes("", 5)) == len(shingle_hashes("a", 5)) == 1
 
 
 def test_one_of_each_set_of_copies_stays_and_is_named(tmp_path):
@@ -106,16 +122,16 @@ def test_minhash_proposes_what_is_alike():
     bands, missed = Bands(0.8, 128), 0
     for seed in range(300):
         text = words(104, seed)
-        one, other = shingles(" ".join(text), 5), shingles(changed(text, [20, 60]), 5)  # 90 / 110
+        one, other = shingle_hashes(" ".join(text), 5), shingle_hashes(changed(text, [20, 60]), 5)  # 90 / 110
         missed += not (bands.of(one, 0) == bands.of(other, 0)).any()
     assert missed <= 1
-    far = sum((bands.of(shingles(" ".join(words(104, s)), 5), 0) == bands.of(one, 0)).any() for s in range(200))
+    far = sum((bands.of(shingle_hashes(" ".join(words(104, s)), 5), 0) == bands.of(one, 0)).any() for s in range(200))
     assert far <= 1 and not (bands.of(one, 1) == bands.of(one, 2)).any(), "another problem shares no band"
     assert np.array_equal(bands.of(one, 7), Bands(0.8, 128).of(one, 7)), "the same in every process"
 
 
 def test_a_text_longer_than_one_update_is_the_same_signature(monkeypatch):
-    grams, bands = shingles(" ".join(words(3000)), 5), Bands(0.8, 64)
+    grams, bands = shingle_hashes(" ".join(words(3000)), 5), Bands(0.8, 64)
     whole = bands.of(grams, 0)
     monkeypatch.setattr(deduplication, "SHINGLES_AT_ONCE", 100)
     assert np.array_equal(bands.of(grams, 0), whole)
