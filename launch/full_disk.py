@@ -10,7 +10,7 @@ from ..core.errors import AfterglowError, RunFolderError
 
 CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What safetensors (Rust) and torch (C++) say instead of raising OSError.
-WORDS = ("No space left", "Disk quota exceeded", "File too large", "file write failed", "PytorchStreamWriter failed")
+WORDS = ("No space left", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed", "unexpected pos")
 
 
 @contextmanager

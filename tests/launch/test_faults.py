@@ -31,7 +31,7 @@ def raise_chained():
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EDQUOT, "Disk quota exceeded"),
         RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0: file write failed"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 368832 vs 368720"),
     ],
 )
 def test_every_library_has_its_own_words_for_a_full_disk(tmp_path, error):
