@@ -28,7 +28,7 @@ from .trajectory import fingerprint
 RUNTIME_KEYS = frozenset(
     {"overwrite", "logging_steps", "disable_tqdm", "report_to", "dataloader_num_workers", "server_url", "workers",
      "gpu_memory_utilization", "max_num_seqs", "output_dir", "per_device_train_batch_size",
-     "gradient_accumulation_steps"}
+     "gradient_accumulation_steps", "num_processes", "score_cache"}
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ last scored token is computed.
 """
 
 from collections.abc import Container, Hashable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -73,7 +73,6 @@ class TokenStats:
         return self.rank <= k
 
 
-@torch.no_grad()
 def score_tokens(
     model: "PreTrainedModel | PeftModel",
     sequences: Sequence[ScoredSequence],
@@ -105,39 +104,91 @@ def score_tokens(
     Raises:
         ModelError: The model has no head that this module can stand in for, or its logits are NaN.
     """
-    body, head = body_and_head(model)
-    positions = [np.flatnonzero(np.asarray(sequence.scored)) for sequence in sequences]
-    fed = [int(p[-1]) if len(p) else 0 for p in positions]
-    compile_layers, compile_pass = _worth_compiling(body, head, sum(fed), sum(map(len, positions)), compiled)
-    if head.weight.device.type == "cpu":
-        keep_freed_memory()
-    was_training = model.training
-    model.eval()
-    try:
-        with compiled_layers(body) if compile_layers else nullcontext():
-            _check_head(model, body, head)
-            for batch in plan_batches(fed, token_budget):
-                if all(sequences[i].key in done for i in batch):
-                    continue
-                hidden, targets = _scored_hidden(body, [(sequences[i].input_ids, positions[i]) for i in batch])
-                hidden, targets = hidden.to(head.weight.device), targets.to(head.weight.device)
-                parts = [
-                    token_statistics(h, t, head, entropy=entropy, compiled=compile_pass)
-                    for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-                ]
-                for i, stats in zip(batch, _per_sequence(parts, [len(positions[i]) for i in batch]), strict=True):
-                    if stats.nll.isnan().any():
-                        raise ModelError(
-                            f"sequence {sequences[i].key!r}: the model's logits are NaN in {head.weight.dtype}; "
-                            "check its weights, or load it in another dtype"
-                        )
-                    yield sequences[i].key, stats
-    finally:
-        model.train(was_training)
+    with TokenScorer(model, token_budget=token_budget, chunk=chunk, entropy=entropy, compiled=compiled) as scorer:
+        for key, stats in scorer.score(sequences, done):
+            if stats.nll.isnan().any():
+                raise ModelError(
+                    f"sequence {key!r}: the model's logits are NaN in {model.dtype}; check its weights, or load it in "
+                    "another dtype"
+                )
+            yield key, stats
+
+
+class TokenScorer:
+    """`score_tokens` for block after block of sequences, of which only one is held at a time.
+
+    Args:
+        model: As in `score_tokens`, as are the other arguments that are not named here.
+        expected_tokens: About how many tokens all blocks hold, for the decision whether compiling pays.
+
+    Raises:
+        ModelError: The model has no head that this module can stand in for, or NaN logits whatever it reads.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel | PeftModel",
+        *,
+        token_budget: int = 4096,
+        chunk: int = 4096,
+        entropy: bool = False,
+        compiled: bool | None = None,
+        expected_tokens: int = 0,
+    ):
+        self._model = model
+        self._body, self._head = body_and_head(model)
+        self._token_budget, self._chunk, self._entropy = token_budget, chunk, entropy
+        self._compiled, self._expected_tokens = compiled, expected_tokens
+        self._compile_pass: bool | None = None  # decided with the first block
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "TokenScorer":
+        if self._head.weight.device.type == "cpu":
+            keep_freed_memory()
+        self._stack.callback(self._model.train, self._model.training)
+        self._model.eval()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._stack.close()
+
+    @torch.no_grad()
+    def score(
+        self, sequences: Sequence[ScoredSequence], done: Container[Hashable] = ()
+    ) -> Iterator[tuple[Hashable, TokenStats]]:
+        """Score a block: batches are planned within it, so that a result does not depend on other blocks.
+
+        Yields:
+            (key, statistics); those of a sequence whose logits are NaN are NaN.
+        """
+        positions = [np.flatnonzero(np.asarray(sequence.scored)) for sequence in sequences]
+        fed = [int(p[-1]) if len(p) else 0 for p in positions]
+        if self._compile_pass is None:
+            self._prepare(sum(fed), sum(map(len, positions)))
+        for batch in plan_batches(fed, self._token_budget):
+            if all(sequences[i].key in done for i in batch):
+                continue
+            device = self._head.weight.device
+            hidden, targets = _scored_hidden(self._body, [(sequences[i].input_ids, positions[i]) for i in batch])
+            parts = [
+                token_statistics(h, t, self._head, entropy=self._entropy, compiled=bool(self._compile_pass))
+                for h, t in zip(
+                    hidden.to(device).split(self._chunk), targets.to(device).split(self._chunk), strict=True
+                )
+            ]
+            for i, stats in zip(batch, _per_sequence(parts, [len(positions[i]) for i in batch]), strict=True):
+                yield sequences[i].key, stats
+
+    def _prepare(self, fed: int, scored: int) -> None:
+        more = max(1.0, self._expected_tokens / max(fed, 1))
+        layers, self._compile_pass = _worth_compiling(self._body, self._head, more * fed, more * scored, self._compiled)
+        if layers:
+            self._stack.enter_context(compiled_layers(self._body))
+        _check_head(self._model, self._body, self._head)
 
 
 def _worth_compiling(
-    body: nn.Module, head: VocabularyHead, fed: int, scored: int, asked: bool | None
+    body: nn.Module, head: VocabularyHead, fed: float, scored: float, asked: bool | None
 ) -> tuple[bool, bool]:
     """Decide whether to compile the layers and the pass over the logits, by the work that they have to do."""
     if asked is not None:
@@ -200,6 +251,11 @@ def _check_head(model: "PreTrainedModel | PeftModel", body: nn.Module, head: Voc
     """
     ids = torch.arange(10, device=_input_device(body))[None] * 7 % len(head.weight)
     expected = model(input_ids=ids[:, :6], use_cache=False).logits[0].float()
+    if expected.isnan().any():
+        raise ModelError(
+            f"the logits of {type(model).__name__} are NaN in {model.dtype}; check its weights, or load it in another "
+            "dtype"
+        )
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state[0, :6].to(head.weight.device)
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.05
     same = hidden.dtype == head.weight.dtype and len(expected) == len(hidden)

@@ -68,7 +68,7 @@ class Step(NamedTuple):
 
 STEPS = {
     "grade": Step(grade.GradeConfig, grade.apply, grade.check, grade.FILLS),
-    "rsr": Step(rsr.RSRConfig, rsr.apply, reads=("model",)),
+    "rsr": Step(rsr.RSRConfig, rsr.apply, rsr.check, reads=("model", "more_students")),
     "branching": Step(branching.BranchingConfig, branching.apply),
     "delete_steps": Step(step_deletion.StepDeletionConfig, step_deletion.apply, fills=("completion",)),
     "negatives": Step(negatives.NegativesConfig, negatives.apply, negatives.check),

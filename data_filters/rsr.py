@@ -1,180 +1,114 @@
-"""Rank-Surprisal Ratio: keep, of each problem's trajectories, the one that suits the student best (arXiv 2601.14249).
+"""Rank-Surprisal Ratio: keep the trajectories, or the teacher, that suit the student best (arXiv 2601.14249).
 
     RSR(x) = sum_k min(rank(t_k), r_max) / sum_k surprisal(t_k)        (Eq. 7; lower is better)
 
 over the tokens t_k that the assistant wrote, under the student before training. A low rank says that the student
 would consider the token, a high surprisal that it has something to learn from it. Correctness plays no part: in the
 paper (section 5.1) discarding wrong trajectories first did not help.
+
+The mathematics stands in `rank_surprisal`, the forward passes in `scoring`, what is compared in `quality_baselines`.
 """
 
-import json
 import math
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import numpy as np
-
-from ..core.chat_encoding import EncodedChat, encode_chat
-from ..core.errors import DataError, ModelError, RecipeError
-from ..core.run_folder import JsonlLog
-from ..core.token_stats import ScoredSequence, TokenStats, score_tokens
-from ..core.trajectory import content_hash
-from .result import FilterResult, ShowProgress, bar_of
+from ..core.errors import DataError, RecipeError
+from ..core.trajectory import completion_text
+from .quality_baselines import limo_scores
+from .rank_surprisal import RSRScore, rank_teachers, sample_teachers, select_per_problem
+from .result import FilterResult, ShowProgress
+from .rsr_report import report_student
+from .score_cache import default_folder
+from .scoring import Measured, score
+from .selection import source_name
+from .student import Scoring, Student
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MIN_SURPRISAL = 1e-3
-"""A trajectory of lower mean surprisal (nats) is memorised: its ratio is noise."""
-
-Selection = Literal["per_problem", "none"]
+Selection = Literal["per_problem", "best_teacher", "none"]
 Precision = Literal["bfloat16", "float16", "float32"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# mathematics
-
-
-@dataclass(frozen=True)
-class RSRScore:
-    """Rank-Surprisal Ratio of one trajectory, with the two averages that it is made of (Eq. 8).
-
-    Attributes:
-        n_tokens: Number of scored tokens.
-        avg_rank_clip: Mean of min(rank, r_max).
-        avg_surprisal: Mean negative log-likelihood in nats.
-    """
-
-    n_tokens: int
-    avg_rank_clip: float
-    avg_surprisal: float
-
-    @property
-    def invalid(self) -> str | None:
-        """Why the trajectory has no ratio, or None."""
-        if self.n_tokens == 0:
-            return "no scored tokens"
-        if self.avg_surprisal < MIN_SURPRISAL:
-            return f"mean surprisal {self.avg_surprisal:.1e} is below {MIN_SURPRISAL}: memorised"
-        return None if math.isfinite(self.avg_surprisal) else "a token of probability zero"
-
-    @property
-    def rsr(self) -> float:
-        """The ratio; NaN when it is invalid."""
-        return math.nan if self.invalid else self.avg_rank_clip / self.avg_surprisal
-
-
-@dataclass(frozen=True)
-class DatasetRSR:
-    """Rank-Surprisal Ratio of a set of trajectories.
-
-    Attributes:
-        n: Number of valid trajectories.
-        n_invalid: Trajectories left out because they have no ratio.
-        rsr: Ratio of the means of the per-trajectory averages (Eq. 9): what the paper ranks teachers by.
-        simple_mean: Mean of the trajectories' own ratios.
-        avg_rank_clip: Mean of the trajectories' mean clipped ranks.
-        avg_surprisal: Mean of the trajectories' mean surprisals.
-    """
-
-    n: int
-    n_invalid: int
-    rsr: float
-    simple_mean: float
-    avg_rank_clip: float
-    avg_surprisal: float
-
-
-def trajectory_rsr(stats: TokenStats, r_max: int = 100) -> RSRScore:
-    """Return the ratio of one trajectory from its token statistics (arXiv 2601.14249, Eq. 7)."""
-    if not len(stats.nll):
-        return RSRScore(0, math.nan, math.nan)
-    rank = stats.rank.clamp(max=r_max).double().mean().item()
-    return RSRScore(len(stats.nll), rank, stats.nll.double().mean().item())
-
-
-def dataset_rsr(scores: Sequence[RSRScore]) -> DatasetRSR:
-    """Return the ratio of a set of trajectories (arXiv 2601.14249, Eq. 8-9).
-
-    Every trajectory counts once, whatever its length: neither tokens nor ratios are pooled.
-    """
-    valid = [score for score in scores if not score.invalid]
-    if not valid:
-        return DatasetRSR(0, len(scores), math.nan, math.nan, math.nan, math.nan)
-    rank = float(np.mean([score.avg_rank_clip for score in valid]))
-    surprisal = float(np.mean([score.avg_surprisal for score in valid]))
-    simple = float(np.mean([score.rsr for score in valid]))
-    return DatasetRSR(len(valid), len(scores) - len(valid), rank / surprisal, simple, rank, surprisal)
-
-
-def rank_teachers(scores_by_teacher: Mapping[str, Sequence[RSRScore]]) -> list[tuple[str, DatasetRSR]]:
-    """Return the teachers with the ratio of their trajectories, the most suitable (lowest) first.
-
-    A few hundred trajectories per teacher are enough (arXiv 2601.14249, section 5.2). Teachers without a valid
-    trajectory come last.
-    """
-    ranked = [(teacher, dataset_rsr(scores)) for teacher, scores in scores_by_teacher.items()]
-    return sorted(ranked, key=lambda item: (math.isnan(item[1].rsr), item[1].rsr, item[0]))
-
-
-def select_per_problem(
-    problem_ids: Sequence[str], teachers: Sequence[str | None], ids: Sequence[str], ratios: Sequence[float | None]
-) -> list[int]:
-    """Return the indices of the rows with the lowest ratio of their problem, in order (arXiv 2601.14249, section 5.1).
-
-    Ties go to the teacher, then the id, that sorts first. Rows whose ratio is None or NaN are no candidates.
-    """
-    best: dict[str, tuple[float, str, str, int]] = {}
-    for i, (problem, teacher, key, ratio) in enumerate(zip(problem_ids, teachers, ids, ratios, strict=True)):
-        if ratio is None or math.isnan(ratio):
-            continue
-        candidate = (ratio, teacher or "", key, i)
-        best[problem] = min(best.get(problem, candidate), candidate)
-    return sorted(candidate[3] for candidate in best.values())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the filter
+Backend = Literal["transformers", "vllm"]
 
 
 @dataclass
 class RSRConfig:
-    """Score trajectories under the student and keep the most suitable of each problem."""
+    """Score trajectories under the student and keep the most suitable of each problem, or of the best teacher."""
 
     model: str = field(metadata={"help": "The student before training: a model folder or hub id with a chat template."})
+    more_students: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Further students to score under, for comparison; `model` decides what is kept."},
+    )
     r_max: int = field(
         default=100, metadata={"help": "Higher ranks count as this one (Eq. 7); the paper's value is 100."}
     )
     select: Selection = field(
         default="per_problem",
-        metadata={"help": "per_problem: keep the lowest ratio of each problem. none: only score."},
+        metadata={
+            "help": "per_problem: keep the lowest ratio of each problem. best_teacher: score a sample, keep the "
+            "teacher with the lowest ratio. none: only score."
+        },
     )
-    max_length: int = field(default=32768, metadata={"help": "Tokens of prompt and completion; the rest is cut off."})
+    teacher_sample: int = field(
+        default=200, metadata={"help": "Trajectories of each teacher that `best_teacher` scores; the paper's value."}
+    )
+    max_length: int = field(
+        default=32768,
+        metadata={"help": "Tokens of prompt and completion, at most the model's context; the rest is cut off."},
+    )
     drop_truncated: bool = field(
-        default=False, metadata={"help": "Drop trajectories longer than max_length instead of scoring their beginning."}
+        default=False, metadata={"help": "Drop trajectories that were cut off instead of scoring their beginning."}
     )
     min_tokens: int = field(default=1, metadata={"help": "Drop trajectories with fewer scored tokens."})
     include_eos: bool = field(
         default=False, metadata={"help": "Also score the token that ends a turn (the paper's code does not)."}
     )
+    baselines: bool = field(
+        default=False,
+        metadata={"help": "Also measure entropy and local surprisal, to compare with: about six times the work."},
+    )
     dtype: Precision = field(
         default="bfloat16",
         metadata={"help": "Precision of the forward pass. Ties in low precision lower ranks slightly; do not mix."},
     )
+    backend: Backend = field(
+        default="transformers",
+        metadata={"help": "transformers: exact ranks. vllm: the same in float32, ties in 16 bits count upwards."},
+    )
     token_budget: int = field(default=4096, metadata={"help": "Tokens of one forward pass, padding included."})
+    num_processes: int = field(
+        default=1, metadata={"help": "Processes that share the work through accelerate, each with a GPU of its own."}
+    )
+    score_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder of scores that runs share; default: ~/.cache/afterglow/scores."},
+    )
 
     def __post_init__(self) -> None:
-        for name in ("r_max", "max_length", "min_tokens", "token_budget"):
+        for name in ("r_max", "max_length", "min_tokens", "token_budget", "num_processes"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name, choices in (("select", get_args(Selection)), ("dtype", get_args(Precision))):
-            if getattr(self, name) not in choices:
-                raise RecipeError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.teacher_sample < 2:
+            raise RecipeError(f"teacher_sample must be at least 2, got {self.teacher_sample}")
+        for name, choices in (("select", Selection), ("dtype", Precision), ("backend", Backend)):
+            if getattr(self, name) not in get_args(choices):
+                raise RecipeError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
+        if self.backend == "vllm" and (self.baselines or self.num_processes > 1):
+            name = "baselines" if self.baselines else "num_processes"
+            raise RecipeError(f"`{name}` needs `backend: transformers`: vLLM gives no entropy and runs in one process")
+        if self.select == "best_teacher" and (self.drop_truncated or self.min_tokens > 1):
+            raise RecipeError(
+                "`select: best_teacher` scores a sample only, so `drop_truncated` and `min_tokens` cannot be asked of "
+                "every row; use a `length` step"
+            )
+        names = [self.model, *self.more_students]
+        if len({Path(name).name for name in names}) < len(names):
+            raise RecipeError(f"`model` and `more_students` must end in different names, got {', '.join(names)}")
         if self.r_max < 100:
             warnings.warn(
                 f"r_max {self.r_max} is below 100: in the paper's ablation 50 lowered the correlation with the "
@@ -182,161 +116,170 @@ class RSRConfig:
                 stacklevel=2,
             )
 
+    def scoring(self, model: str) -> Scoring:
+        """Return what the score of a trajectory under one of the students depends on."""
+        settings = (self.backend, self.dtype, self.r_max, self.max_length, self.include_eos, self.baselines)
+        return Scoring(model, *settings)
+
+
+def check(table: "Dataset", config: RSRConfig, filled: set[str]) -> None:
+    """Say what is wrong with the students before anything is computed: nothing but small files is read.
+
+    Raises:
+        ModelError: A model cannot be found, lacks weights, chat template or a fast tokenizer.
+        DataError: The chat template does not render the first trajectory, or there is no second teacher to compare.
+        MissingDependencyError: `backend: vllm` without vLLM.
+    """
+    for model in (config.model, *config.more_students):
+        Student(config.scoring(model)).check(table)
+    if config.select == "best_teacher" and len(set(table["source"])) < 2:
+        raise DataError("`select: best_teacher` compares teachers, and `source` names one only; check `columns`")
+    if config.backend == "vllm":
+        from ..core.engine_vllm import import_vllm, process_state_kept
+
+        with process_state_kept():
+            import_vllm()
+
 
 def apply(
     table: "Dataset", config: RSRConfig, *, seed: int, cache_folder: Path, progress: ShowProgress | None = None
 ) -> FilterResult:
-    """Score every trajectory and decide which to keep.
+    """Score every trajectory, or a sample of each teacher, and decide which to keep.
 
     Args:
         table: Trajectories: id, problem_id, prompt, completion, source, correct.
         config: What to do.
-        seed: Not used: nothing here is random.
-        cache_folder: Finished scores are appended to a file in it, and found there by a resumed call.
+        seed: Decides which trajectories `best_teacher` scores, and the bootstrap.
+        cache_folder: What a killed call had planned is found in it.
         progress: Opens a progress bar; None shows none.
 
     Returns:
-        Columns rsr, rsr_rank, rsr_surprisal, rsr_tokens, rsr_truncated; the dropped rows; the report's numbers.
+        Columns rsr, rsr_rank, rsr_surprisal, rsr_tokens, rsr_truncated, rsr_mean_rank, rsr_limo, with `baselines`
+        rsr_entropy and rsr_local_surprisal, rsr_for_NAME of further students; the dropped rows; the report's numbers.
 
     Raises:
         ModelError: The model cannot be loaded, has no chat template, or cannot be scored with.
-        DataError: A trajectory cannot be rendered with the chat template.
+        DataError: The chat template renders none of the trajectories.
     """
-    log = JsonlLog(cache_folder / f"rsr-{_scoring_hash(config)}.jsonl")
-    known = {row["id"]: row for row in log.rows()}
-    if any(key not in known for key in table["id"]):
-        _score(table, config, log, known, progress)
-    log.close()
-    rows = [known[key] for key in table["id"]]
-    scores = [RSRScore(row["n_tokens"], row["avg_rank_clip"], row["avg_surprisal"]) for row in rows]
-
-    dropped: dict[int, str] = {}
-    for i, (row, score) in enumerate(zip(rows, scores, strict=True)):
-        if score.n_tokens < config.min_tokens:
-            dropped[i] = f"rsr: {score.n_tokens} scored tokens, fewer than {config.min_tokens}"
-        elif config.drop_truncated and row["truncated"]:
-            dropped[i] = f"rsr: longer than {config.max_length} tokens"
-        elif score.invalid:
-            dropped[i] = f"rsr: {score.invalid}"
+    teachers = [source_name(source) for source in table["source"]]
+    ids, problems = list(table["id"]), list(table["problem_id"])
+    rows = list(range(len(table)))
+    if config.select == "best_teacher":
+        rows = sample_teachers(problems, teachers, ids, config.teacher_sample, seed)
+    measured = _Under(table, rows, config, config.model, cache_folder, progress)
+    limo: list[float | None] = list(limo_scores([completion_text(completion) for completion in table["completion"]]))
+    dropped = measured.unusable(config)
     if config.select == "per_problem":
-        ratios = [None if i in dropped else score.rsr for i, score in enumerate(scores)]
-        problems = list(table["problem_id"])
-        kept = select_per_problem(problems, list(table["source"]), list(table["id"]), ratios)
-        lowest = {problems[i]: scores[i].rsr for i in kept}
-        for i in set(range(len(rows))) - set(kept) - set(dropped):
-            dropped[i] = f"rsr: {scores[i].rsr:.3f}, while another of its problem has {lowest[problems[i]]:.3f}"
-    return FilterResult(
-        scores={
-            "rsr": [None if score.invalid else score.rsr for score in scores],
-            "rsr_rank": [row["avg_rank_clip"] for row in rows],
-            "rsr_surprisal": [row["avg_surprisal"] for row in rows],
-            "rsr_tokens": [row["n_tokens"] for row in rows],
-            "rsr_truncated": [row["truncated"] for row in rows],
-        },
-        dropped=dict(sorted(dropped.items())),
-        report=_report(table, config, scores, dropped),
-    )
+        dropped |= _all_but_lowest(problems, teachers, ids, measured.scores, dropped)
+    elif config.select == "best_teacher":
+        dropped = _all_but_best_teacher(teachers, rows, measured.scores)
+    scores = measured.columns(config) | {"rsr_limo": limo}
+    reported = report_student(table, measured.scores, rows, scores, dropped, seed)
+    report = {"model": config.model, "dtype": config.dtype, "backend": config.backend, "r_max": config.r_max}
+    report |= reported | measured.work()
+    for model in config.more_students:
+        other = _Under(table, rows, config, model, cache_folder, progress)
+        scores[f"rsr_for_{Path(model).name}"] = other.column("rsr")
+        of = report_student(table, other.scores, rows, scores | other.columns(config), {}, seed)
+        report.setdefault("more_students", {})[model] = {"teachers": of["teachers"]} | other.work()
+    return FilterResult(scores=scores, dropped=dict(sorted(dropped.items())), report=report)
 
 
-def _scoring_hash(config: RSRConfig) -> str:
-    """Name what a cached score depends on."""
-    keys = ("model", "r_max", "max_length", "include_eos", "dtype", "token_budget")
-    return content_hash({key: getattr(config, key) for key in keys})
+class _Under:
+    """A table's rows, or some of them, under one student."""
 
-
-def _score(
-    table: "Dataset", config: RSRConfig, log: JsonlLog, known: dict[str, dict], progress: ShowProgress | None
-) -> None:
-    """Score the rows that are not `known`; append them to the log and add them to `known` as they come."""
-    model, tokenizer = _load(config)
-    rows = cast("Iterable[dict[str, Any]]", table)
-    chats = {row["id"]: _encode(row, tokenizer, config) for row in rows}
-    sequences = [ScoredSequence(key, chat.input_ids, chat.assistant) for key, chat in chats.items()]
-    done = set(known)
-    tokens = {key: len(chat.input_ids) for key, chat in chats.items()}
-    with bar_of(progress, "RSR: tokens scored", sum(tokens.values())) as bar:
-        bar.advance(sum(tokens[key] for key in tokens if key in done))
-        for key, stats in score_tokens(model, sequences, token_budget=config.token_budget, done=done):
-            if key in done:
-                continue
-            score = trajectory_rsr(stats, config.r_max)
-            row = {"id": key, **_without_nan(asdict(score)), "truncated": chats[str(key)].truncated}
-            log.append(row)
-            known[str(key)] = row
-            bar.advance(tokens[str(key)])
-
-
-def _load(config: RSRConfig) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    precision = getattr(torch, config.dtype)
-    devices = "auto" if torch.cuda.is_available() else None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
-        if tokenizer.chat_template:  # otherwise the weights need not be read to say so
-            return AutoModelForCausalLM.from_pretrained(config.model, dtype=precision, device_map=devices), tokenizer
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load `model: {config.model}`: {error}") from error
-    raise ModelError(f"`model: {config.model}` has no chat template; save it with the one it is trained with")
-
-
-def _encode(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", config: RSRConfig) -> EncodedChat:
-    tools = row.get("tools")
-    try:
-        return encode_chat(
-            tokenizer,
-            row["prompt"],
-            row["completion"],
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
-            max_length=config.max_length,
-            include_end_token=config.include_eos,
+    def __init__(
+        self,
+        table: "Dataset",
+        rows: list[int],
+        config: RSRConfig,
+        model: str,
+        cache_folder: Path,
+        progress: ShowProgress | None,
+    ):
+        self.scores: dict[int, RSRScore] = {}
+        self._length, self._rows = len(table), rows
+        self._measured: Measured = score(
+            table if len(rows) == len(table) else table.select(rows),
+            config.scoring(model),
+            cache=Path(config.score_cache) if config.score_cache else default_folder(),
+            work=cache_folder,
+            token_budget=config.token_budget,
+            processes=config.num_processes,
+            progress=progress,
         )
-    except DataError as error:
-        raise DataError(f"trajectory {row['id']}: {error}") from error
+        for i, line in zip(rows, self._measured.rows, strict=True):
+            rank, surprisal = _or_nan(line.get("avg_rank_clip")), _or_nan(line.get("avg_surprisal"))
+            self.scores[i] = RSRScore(line["n_tokens"], rank, surprisal, line.get("fault"))
+
+    def work(self) -> dict[str, int]:
+        """Return how many trajectories were scored by this run, and how many were there already."""
+        truncated = sum(line["truncated"] for line in self._measured.rows)
+        new, rows = self._measured.new, len(self._rows)
+        return {"scored_now": new, "rows_scored": rows, "truncated": truncated, "max_length": self._measured.max_length}
+
+    def column(self, name: str) -> list:
+        """Return one value per row of the table; None where there is none."""
+        column: list = [None] * self._length
+        for i, line in zip(self._rows, self._measured.rows, strict=True):
+            value = self.scores[i].rsr if name == "rsr" else line.get(name)
+            column[i] = None if isinstance(value, float) and math.isnan(value) else value
+        return column
+
+    def columns(self, config: RSRConfig) -> dict[str, list]:
+        """Return the columns of the table that a student fills."""
+        names = {
+            "rsr": "rsr",
+            "rsr_rank": "avg_rank_clip",
+            "rsr_surprisal": "avg_surprisal",
+            "rsr_tokens": "n_tokens",
+            "rsr_truncated": "truncated",
+            "rsr_mean_rank": "mean_rank",
+        }
+        if config.baselines:
+            names |= {"rsr_entropy": "entropy", "rsr_local_surprisal": "local_surprisal"}
+        return {column: self.column(name) for column, name in names.items()}
+
+    def unusable(self, config: RSRConfig) -> dict[int, str]:
+        """Return the rows that have no ratio to be chosen by, and why."""
+        dropped: dict[int, str] = {}
+        for i, line in zip(self._rows, self._measured.rows, strict=True):
+            score = self.scores[i]
+            if score.fault:
+                dropped[i] = f"rsr: {score.fault}"
+            elif score.n_tokens < config.min_tokens:
+                dropped[i] = f"rsr: {score.n_tokens} scored tokens, fewer than {config.min_tokens}"
+            elif config.drop_truncated and line["truncated"]:
+                dropped[i] = f"rsr: longer than {self._measured.max_length} tokens"
+            elif score.invalid:
+                dropped[i] = f"rsr: {score.invalid}"
+        return dropped
 
 
-def _report(table: "Dataset", config: RSRConfig, scores: list[RSRScore], dropped: dict[int, str]) -> dict:
-    """Collect the numbers that show what was chosen, and that it is no proxy for length or correctness."""
-    sources = [source or "unknown" for source in table["source"]]
-    labels = list(table["correct"])
-    kept = [i for i in range(len(scores)) if i not in dropped]
-    by_source = {name: [s for s, of in zip(scores, sources, strict=True) if of == name] for name in set(sources)}
-    chosen = Counter(sources[i] for i in kept)
-    ratios = np.array([score.rsr for score in scores])
-    edges = np.histogram_bin_edges(ratios[np.isfinite(ratios)], bins=30)
+def _all_but_lowest(
+    problems: Sequence[str], teachers: Sequence[str], ids: Sequence[str], scores: dict[int, RSRScore], out: dict
+) -> dict[int, str]:
+    ratios = [None if i in out else scores[i].rsr for i in range(len(ids))]
+    kept = select_per_problem(problems, teachers, ids, ratios)
+    lowest = {problems[i]: scores[i].rsr for i in kept}
+    others = set(range(len(ids))) - set(kept) - set(out)
+    return {i: f"rsr: {scores[i].rsr:.3f}, while another of its problem has {lowest[problems[i]]:.3f}" for i in others}
+
+
+def _all_but_best_teacher(teachers: Sequence[str], rows: list[int], scores: dict[int, RSRScore]) -> dict[int, str]:
+    by_teacher: dict[str, list[RSRScore]] = {name: [] for name in teachers}
+    for i in rows:
+        by_teacher[teachers[i]].append(scores[i])
+    ranked = rank_teachers(by_teacher)
+    best, ratio = ranked[0][0], {name: of.rsr for name, of in ranked}
+    if math.isnan(ratio[best]):
+        raise DataError("`select: best_teacher`: no teacher has a trajectory with a ratio; see `rsr` in the report")
     return {
-        "model": config.model,
-        "dtype": config.dtype,
-        "r_max": config.r_max,
-        "teachers": [
-            {"source": source, **_without_nan(asdict(of)), "kept": chosen[source]}
-            for source, of in rank_teachers(by_source)
-        ],
-        "histogram": {
-            "edges": edges.tolist(),
-            "pool": np.histogram(ratios[np.isfinite(ratios)], edges)[0].tolist(),
-            "kept": np.histogram(ratios[kept], edges)[0].tolist(),
-        },
-        "pool": _summary(scores, labels),
-        "kept": _summary([scores[i] for i in kept], [labels[i] for i in kept]),
+        i: f"rsr: teacher {name} has {ratio[name]:.3f}, while {best} has {ratio[best]:.3f}"
+        for i, name in enumerate(teachers)
+        if name != best
     }
 
 
-def _summary(scores: list[RSRScore], labels: list[bool | None]) -> dict:
-    of = dataset_rsr(scores)
-    graded = [label for label in labels if label is not None]
-    return _without_nan(
-        {
-            "rows": len(scores),
-            "invalid": of.n_invalid,
-            "rsr": of.rsr,
-            "simple_mean": of.simple_mean,
-            "mean_tokens": float(np.mean([score.n_tokens for score in scores])) if scores else math.nan,
-            "accuracy": float(np.mean(graded)) if graded else math.nan,
-        }
-    )
-
-
-def _without_nan(values: dict) -> dict:
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,4 +1,5 @@
 import os
+import tempfile
 
 # Before any library reads them: no network, no telemetry, no fight over two cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +13,10 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is impo
 
 import pytest
 from tiny import save_tiny
+
+# Scores that filters share between runs: none of the user's, none of an earlier session.
+_cache = tempfile.TemporaryDirectory(prefix="afterglow-tests-")
+os.environ.setdefault("AFTERGLOW_CACHE", _cache.name)
 
 
 @pytest.fixture(scope="session")

@@ -13,118 +13,23 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from scipy.stats import spearmanr
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 from afterglow.core.errors import DataError, ModelError, RecipeError
-from afterglow.core.token_stats import ScoredSequence, TokenStats, score_tokens
+from afterglow.core.recipe import read_recipe
+from afterglow.core.run_folder import JsonlLog
+from afterglow.core.token_stats import ScoredSequence, TokenScorer, TokenStats, score_tokens
 from afterglow.core.tool_protocol import TOOLS
-from afterglow.core.vocabulary_pass import VocabularyHead, token_statistics
-from afterglow.data_filters import rsr
-from afterglow.data_filters.rsr import (
-    RSRConfig,
-    RSRScore,
-    apply,
-    dataset_rsr,
-    rank_teachers,
-    select_per_problem,
-    trajectory_rsr,
-)
+from afterglow.core.trajectory import write_trajectories
+from afterglow.data_filters import chain, scoring
+from afterglow.data_filters.rank_surprisal import trajectory_rsr
+from afterglow.data_filters.rsr import RSRConfig, apply, check
 
 
-def stats(nll, rank):
-    return TokenStats(torch.tensor(nll), torch.tensor(rank, dtype=torch.int32))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# mathematics
-
-
-def test_trajectory_by_hand():
-    score = trajectory_rsr(stats([0.5, 1.5, 4.0], [1, 3, 250]))
-    assert score == RSRScore(3, 104 / 3, 2.0)
-    assert score.rsr == pytest.approx(104 / 6)
-    assert trajectory_rsr(stats([0.5, 1.5, 4.0], [1, 3, 250]), r_max=1000).rsr == pytest.approx(254 / 6)
-
-
-def test_dataset_is_the_ratio_of_means_of_averages():
-    a, b = trajectory_rsr(stats([1.0], [2])), trajectory_rsr(stats([3.0, 3.0, 3.0], [3, 3, 3]))
-    of = dataset_rsr([a, b])
-    assert of.rsr == pytest.approx((2 + 3) / (1 + 3))  # pooled over tokens it would be 11 / 10
-    assert of.simple_mean == pytest.approx((2 / 1 + 3 / 3) / 2)
-    assert (of.n, of.n_invalid) == (2, 0)
-
-
-def test_degenerate_trajectories_are_invalid_and_counted():
-    empty, memorised = trajectory_rsr(stats([], [])), trajectory_rsr(stats([1e-4, 2e-4], [1, 1]))
-    impossible = trajectory_rsr(stats([math.inf, 1.0], [9, 1]))
-    good = RSRScore(4, 2.0, 1.0)
-    assert empty.invalid == "no scored tokens"
-    assert "memorised" in memorised.invalid and "probability zero" in impossible.invalid
-    assert all(math.isnan(score.rsr) for score in (empty, memorised, impossible))
-    assert dataset_rsr([empty, good, memorised]).n_invalid == 2
-    assert dataset_rsr([empty, good]).rsr == 2.0
-    assert math.isnan(dataset_rsr([empty]).rsr)
-
-
-# arXiv 2601.14249, Table 27: Qwen2.5-7B as the student of eleven teachers, R1 ... Qwen3-4B.
-RANK = [2.477, 2.416, 4.557, 1.842, 2.280, 2.264, 1.710, 5.189, 3.921, 1.869, 2.198]
-SURPRISAL = [0.825, 0.799, 1.236, 0.597, 0.820, 0.767, 0.553, 1.356, 1.131, 0.647, 0.748]
-RSR = [3.002, 3.023, 3.686, 3.086, 2.779, 2.951, 3.091, 3.827, 3.468, 2.888, 2.940]
-RESULT = [47.3, 45.0, 40.7, 48.3, 52.0, 50.0, 47.6, 42.7, 35.2, 52.0, 51.8]
-
-
-def test_published_ratios():
-    given = [dataset_rsr([RSRScore(1, r, s)]).rsr for r, s in zip(RANK, SURPRISAL, strict=True)]
-    assert given == pytest.approx(RSR, abs=0.003)
-    assert spearmanr(given, RESULT).statistic == pytest.approx(-0.888, abs=0.05)
-
-
-def test_published_ranking_of_teachers():
-    ranked = rank_teachers({f"{i:02}": [RSRScore(1, RANK[i], SURPRISAL[i])] for i in range(11)})
-    assert [name for name, _ in ranked[:2]] == ["04", "09"]  # QwQ-32B, then Qwen3-8B
-    assert ranked[-1][0] == "07"  # GPT-OSS-20B
-
-
-def test_teachers_without_a_ratio_come_last_and_ties_go_by_name():
-    good, bad = [RSRScore(1, 2.0, 1.0)], [RSRScore(0, math.nan, math.nan)]
-    assert [name for name, _ in rank_teachers({"a": bad, "z": good, "b": good})] == ["b", "z", "a"]
-
-
-def test_published_simulation():
-    """Section 3.3 and Table 3: a student that mixes two Zipf(2.3) modes over 50 tokens, 1,000,000 to 250,000.
-
-    The paper samples; these are the expectations. Where its modes lie among the tokens is not printed: here the minor
-    one starts at token 15, and the misaligned data's, of which nothing is said, at 6, near the printed value.
-    """
-    zipf = np.arange(1, 51) ** -2.3
-    zipf /= zipf.sum()
-    minor, misaligned = np.roll(zipf, 15), np.roll(zipf, 6)
-    student = 0.8 * zipf + 0.2 * minor
-    head = VocabularyHead(torch.tensor(np.log(student), dtype=torch.float32)[:, None])
-    nll, rank, *_ = token_statistics(torch.ones(50, 1), torch.arange(50), head)
-    ratio, surprisal, rank = (rank / nll).double().numpy(), nll.double().numpy(), rank.double().numpy()
-    data = {"major": zipf, "minor": minor, "misaligned": misaligned, "mixed": student}
-    printed = {"major": 1.69, "minor": 1.30, "misaligned": 2.23, "mixed": 1.62}
-    assert {name: p @ ratio for name, p in data.items()} == pytest.approx(printed, abs=0.05)
-    assert [zipf @ surprisal, minor @ surprisal, student @ surprisal] == pytest.approx([1.38, 2.73, 1.67], abs=0.03)
-    assert [zipf @ rank, minor @ rank, student @ rank] == pytest.approx([2.49, 4.31, 2.93], abs=0.1)
-
-
-def test_select_per_problem():
-    problems = ["p", "p", "q", "q", "q", "r", "s"]
-    teachers = ["b", "a", "b", "a", "a", "a", None]
-    ids = ["1", "2", "3", "5", "4", "6", "7"]
-    ratios = [2.0, 2.5, 1.0, 1.0, 1.0, None, math.nan]
-    # q: three ties, the teacher a, then the id 4; r and s have no candidate
-    assert select_per_problem(problems, teachers, ids, ratios) == [0, 4]
-    order = [6, 5, 4, 3, 2, 1, 0]
-    shuffled = select_per_problem(*([column[i] for i in order] for column in (problems, teachers, ids, ratios)))
-    assert {order[i] for i in shuffled} == {0, 4}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the filter
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Scores of other tests, and of the machine's user, are out of reach."""
+    monkeypatch.setenv("AFTERGLOW_CACHE", str(tmp_path / "cache"))
 
 
 def trajectories(problems=3):
@@ -254,21 +159,41 @@ def test_reasons(tiny_folder, tmp_path):
 def test_finished_scores_are_not_made_again(tiny_folder, tmp_path, monkeypatch):
     table = trajectories()
     whole = apply(table, config(tiny_folder), seed=0, cache_folder=tmp_path)
-    monkeypatch.setattr(rsr, "_load", lambda config: pytest.fail("the model was loaded again"))
+    monkeypatch.setattr(scoring, "_load_model", lambda share: pytest.fail("the model was loaded again"))
     again = apply(table, config(tiny_folder, select="none"), seed=0, cache_folder=tmp_path)
     assert again.scores == whole.scores and not again.dropped
 
 
+def cached_lines(folder):
+    return [json.loads(line) for file in folder.glob("*/*.jsonl") for line in file.read_text().splitlines()]
+
+
 @pytest.mark.parametrize("left", [1, 3, 5])
-def test_a_cut_off_file_is_continued(tiny_folder, tmp_path, left):
-    table, asked = trajectories(), config(tiny_folder, dtype="bfloat16")
-    whole = apply(table, asked, seed=0, cache_folder=tmp_path)
-    (file,) = tmp_path.glob("*.jsonl")
-    lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(lines[:left]) + lines[left][:-7])
-    resumed = apply(table, asked, seed=0, cache_folder=tmp_path)
-    assert resumed == whole
-    assert sorted(file.read_text().splitlines()) == sorted(line.strip() for line in lines)
+def test_an_interrupted_call_is_continued(tiny_folder, tmp_path, monkeypatch, left):
+    """In bf16 a score depends on its batch in the last bits: the batches of the first call are repeated."""
+    table = trajectories()
+
+    def asked(name):
+        return config(tiny_folder, dtype="bfloat16", score_cache=str(tmp_path / name))
+
+    whole = apply(table, asked("whole"), seed=0, cache_folder=tmp_path / "a")
+    append, appended = JsonlLog.append, []
+
+    def interrupted(log, row):
+        if len(appended) == left:
+            raise KeyboardInterrupt
+        appended.append(row)
+        append(log, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonlLog, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            apply(table, asked("cut"), seed=0, cache_folder=tmp_path / "b")
+    (file,) = (tmp_path / "cut").glob("*/*.jsonl")
+    with open(file, "a") as out:
+        out.write('{"key": "cut off in the mid')
+    assert apply(table, asked("cut"), seed=0, cache_folder=tmp_path / "b") == whole
+    assert len(cached_lines(tmp_path / "cut")) == 6
 
 
 KILLED = """
@@ -277,7 +202,8 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_rsr import apply, config, trajectories
 print("ready", flush=True)
-apply(trajectories(40), config({model!r}, token_budget=1), seed=0, cache_folder=Path({cache!r}))
+asked = config({model!r}, token_budget=1, score_cache={cache!r})
+apply(trajectories(40), asked, seed=0, cache_folder=Path({cache!r} + "-work"))
 """
 
 
@@ -289,17 +215,18 @@ def test_kill_and_resume(tiny_folder, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths})
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if sum(file.read_bytes().count(b"\n") for file in cache.glob("*.jsonl")) >= 5:
+        if sum(file.read_bytes().count(b"\n") for file in cache.glob("*/*.jsonl")) >= 5:
             process.send_signal(signal.SIGKILL)
         time.sleep(0.002)
     process.wait()
-    (file,) = cache.glob("*.jsonl")
+    (file,) = cache.glob("*/*.jsonl")
     before = file.read_text().count("\n")
     assert process.returncode == -signal.SIGKILL and 5 <= before < 80
-    asked = config(tiny_folder, token_budget=1)
-    resumed = apply(trajectories(40), asked, seed=0, cache_folder=cache)
-    assert resumed == apply(trajectories(40), asked, seed=0, cache_folder=tmp_path / "whole")
-    assert file.read_text().count("\n") == 80  # nothing was scored twice
+    asked = config(tiny_folder, token_budget=1, score_cache=str(cache))
+    resumed = apply(trajectories(40), asked, seed=0, cache_folder=tmp_path / "killed-work")
+    other = config(tiny_folder, token_budget=1, score_cache=str(tmp_path / "whole"))
+    assert resumed == apply(trajectories(40), other, seed=0, cache_folder=tmp_path / "whole-work")
+    assert len(cached_lines(cache)) == 80  # nothing was scored twice
 
 
 def test_progress_reaches_its_total(tiny_folder, tmp_path):
@@ -316,6 +243,97 @@ def test_progress_reaches_its_total(tiny_folder, tmp_path):
 
     apply(trajectories(), config(tiny_folder), seed=0, cache_folder=tmp_path, progress=progress)
     assert seen["done"] == seen["total"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# teachers and students
+
+
+def test_best_teacher_is_chosen_by_a_sample(tiny_folder, tmp_path):
+    table = trajectories(12)
+    whole = apply(table, config(tiny_folder, select="none"), seed=0, cache_folder=tmp_path / "whole")
+    asked = config(tiny_folder, select="best_teacher", teacher_sample=4, score_cache=str(tmp_path / "own"))
+    result = apply(table, asked, seed=0, cache_folder=tmp_path / "sample")
+    scored = [i for i, ratio in enumerate(result.scores["rsr"]) if ratio is not None]
+    assert [table["source"][i] for i in scored].count("dull") == 4 and len(scored) == 8
+    assert all(result.scores["rsr"][i] == pytest.approx(whole.scores["rsr"][i], rel=1e-5) for i in scored)
+    best, other = result.report["teachers"]
+    assert {i for i, source in enumerate(table["source"]) if source == other["source"]} == set(result.dropped)
+    reason = f"rsr: teacher {other['source']} has {other['rsr']:.3f}, while {best['source']} has {best['rsr']:.3f}"
+    assert set(result.dropped.values()) == {reason}
+    assert best["n"] == 4 and best["kept"] == 12 and result.report["rows_scored"] == 8
+    assert best["low"] <= best["rsr"] <= best["high"] and best["best_share"] > 0.5 > other["best_share"]
+    assert apply(table, asked, seed=1, cache_folder=tmp_path / "other").scores["rsr"] != result.scores["rsr"]
+
+
+def test_best_teacher_needs_two(tiny_folder, tmp_path):
+    one = trajectories().filter(lambda row: row["source"] == "dull")
+    with pytest.raises(DataError, match="names one only"):
+        check(one, config(tiny_folder, select="best_teacher"), set())
+    empty = config(tiny_folder, select="best_teacher", max_length=20)
+    with pytest.raises(DataError, match="no teacher has a trajectory with a ratio"):
+        apply(trajectories(), empty, seed=0, cache_folder=tmp_path)
+
+
+def test_several_students_in_one_run(tiny_folder, tmp_path):
+    second = save_tiny(tmp_path / "second", seed=5)
+    asked = config(tiny_folder, more_students=[str(second)])
+    result = apply(trajectories(), asked, seed=0, cache_folder=tmp_path / "both")
+    alone = [
+        apply(trajectories(), config(folder), seed=0, cache_folder=tmp_path / f"{i}")
+        for i, folder in enumerate((tiny_folder, second))
+    ]
+    assert result.scores["rsr"] == alone[0].scores["rsr"] != alone[1].scores["rsr"]
+    assert result.scores["rsr_for_second"] == alone[1].scores["rsr"]
+    assert result.dropped == alone[0].dropped
+    other = result.report["more_students"][str(second)]["teachers"]
+    assert [t["rsr"] for t in other] == [t["rsr"] for t in alone[1].report["teachers"]]
+    assert alone[1].report["scored_now"] == 0  # one run scored under both
+    with pytest.raises(RecipeError, match="different names"):
+        config(tiny_folder, more_students=[str(tmp_path / "elsewhere" / tiny_folder.name)])
+
+
+def test_baselines_equal_a_plain_computation(tiny_folder, tmp_path):
+    text = "One is 1. Two is 2! Is 3 next? So it is.\nThen 4 comes.\nAnd 5 ends."
+    row = trajectories(1)[0] | {"completion": [{"role": "assistant", "content": text}]}
+    asked = config(tiny_folder, select="none", baselines=True)
+    scores = apply(Dataset.from_list([row]), asked, seed=0, cache_folder=tmp_path).scores
+    tokenizer, model = tiny_tokenizer(), tiny_model().eval()
+
+    @torch.no_grad()
+    def log_p(context, own):
+        ids = tokenizer(context + own, return_tensors="pt")["input_ids"]
+        first = max(1, len(tokenizer(context)["input_ids"]) if context else 0)
+        return model(input_ids=ids).logits[0, first - 1 : -1].float().log_softmax(-1), ids[0, first:]
+
+    prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+    log_q, target = log_p(prompt + "<think>\n\n</think>\n\n", text)
+    own = log_q.gather(1, target[:, None])
+    assert scores["rsr_entropy"][0] == pytest.approx(-(log_q.exp() * log_q).sum(-1).mean().item(), rel=1e-4)
+    assert scores["rsr_mean_rank"][0] == pytest.approx((1 + (log_q > own).sum(1)).double().mean().item())
+    sentences = ["One is 1. ", "Two is 2! ", "Is 3 next? ", "So it is.\n", "Then 4 comes.\n", "And 5 ends."]
+    nll = [
+        -log_q[torch.arange(len(target)), target]
+        for i, sentence in enumerate(sentences)
+        for log_q, target in [log_p("".join(sentences[max(0, i - 4) : i]), sentence)]
+    ]
+    assert scores["rsr_local_surprisal"][0] == pytest.approx(torch.cat(nll).mean().item(), rel=1e-5)
+    assert scores["rsr_limo"] == [0.0]
+
+
+def test_teacher_table_has_what_users_compare(tiny_folder, tmp_path):
+    table = trajectories().add_column("branch_ratio", [0.5, 0.1] * 3)
+    asked = config(tiny_folder, baselines=True, select="none")
+    result = apply(table, asked, seed=0, cache_folder=tmp_path)
+    for entry in result.report["teachers"]:
+        rows = [i for i, source in enumerate(table["source"]) if source == entry["source"]]
+        for title, column in (
+            ("mean_rank", "rsr_mean_rank"), ("entropy", "rsr_entropy"), ("local_surprisal", "rsr_local_surprisal"),
+            ("limo", "rsr_limo"), ("mean_tokens", "rsr_tokens"),
+        ):  # fmt: skip
+            assert entry[title] == pytest.approx(np.mean([result.scores[column][i] for i in rows]))
+        assert entry["branch_ratio"] == pytest.approx(0.5 if entry["source"] == "varied" else 0.1)
+        assert entry["accuracy"] == (1 if entry["source"] == "varied" else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,4 +370,128 @@ def test_a_trajectory_that_cannot_be_rendered_is_named(tmp_path):
     folder = save_tiny(tmp_path / "model")
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no system message') }}")
     with pytest.raises(DataError, match=r"trajectory varied-0: .*no system message"):
+        check(trajectories(), config(folder), set())
+    with pytest.raises(DataError, match=r"reads none of 6 trajectories: .*no system message"):
         apply(trajectories(), config(folder), seed=0, cache_folder=tmp_path)
+
+
+def test_a_chain_checks_the_student_before_its_first_step(tiny_folder, tmp_path):
+    """A missing model, or one without template or weights, is known before an earlier step has written anything."""
+    write_trajectories(trajectories(), tmp_path / "rows.jsonl")
+    bare, light = save_tiny(tmp_path / "bare"), save_tiny(tmp_path / "light")
+    (bare / "chat_template.jinja").unlink()
+    (light / "model.safetensors").unlink()
+    for model, message in (("nowhere", "cannot load"), (bare, "no chat template"), (light, "holds no weights")):
+        recipe = tmp_path / "recipe.yaml"
+        text = (
+            f"data: {tmp_path}/rows.jsonl\noutput_dir: {tmp_path}/run\nsteps: [length, {{rsr: {{model: {model}}}}}]\n"
+        )
+        recipe.write_text(text)
+        with pytest.raises(ModelError, match=message):
+            chain.run(read_recipe(recipe))
+        assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_exclude_each_other():
+    for wrong, message in (
+        ({"backend": "vllm", "baselines": True}, "`baselines` needs `backend: transformers`"),
+        ({"backend": "vllm", "num_processes": 2}, "`num_processes` needs `backend: transformers`"),
+        ({"select": "best_teacher", "drop_truncated": True}, "scores a sample only"),
+        ({"teacher_sample": 1}, "at least 2"),
+        ({"backend": "sglang"}, "transformers, vllm"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            RSRConfig(model="m", **wrong)
+
+
+def test_a_template_without_assistant_markers_is_scored_by_position(tmp_path):
+    """The template writes the contents only; no header or end says where the answer stands."""
+    folder = save_tiny(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    table = trajectories()
+    scores = apply(table, config(folder, select="none"), seed=0, cache_folder=tmp_path).scores
+    written = [len(tiny_tokenizer()(row["completion"][0]["content"].rstrip())["input_ids"]) for row in table]
+    assert scores["rsr_tokens"] == written
+
+
+def test_one_row_that_the_template_refuses_is_dropped_and_the_others_are_scored(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    template = folder / "chat_template.jinja"
+    refuse = "{% for m in messages %}{{ '' if m.content else raise_exception('nothing said') }}{% endfor %}"
+    template.write_text(refuse + template.read_text())
+    rows = [*trajectories()]
+    rows[3]["completion"] = [{"role": "assistant", "content": ""}]
+    result = apply(Dataset.from_list(rows), config(folder, select="none"), seed=0, cache_folder=tmp_path)
+    assert result.dropped == {3: "rsr: not scored: the chat template refuses the messages: nothing said"}
+    assert [i for i, ratio in enumerate(result.scores["rsr"]) if ratio is None] == [3]
+    assert result.report["pool"]["invalid"] == 1
+    json.dumps(result.report, allow_nan=False)
+
+
+def test_empty_answers_are_dropped(tiny_folder, tmp_path):
+    rows = [*trajectories(1)]
+    rows[0]["completion"] = [{"role": "assistant", "content": ""}]
+    result = apply(Dataset.from_list(rows), config(tiny_folder), seed=0, cache_folder=tmp_path)
+    assert result.dropped == {0: "rsr: 0 scored tokens, fewer than 1"}
+
+
+def scored_as(monkeypatch, change):
+    """Let the forward pass give every row the statistics that `change` makes of its own."""
+    true_score = TokenScorer.score
+    monkeypatch.setattr(
+        TokenScorer,
+        "score",
+        lambda self, sequences, done=(): ((key, change(stats)) for key, stats in true_score(self, sequences, done)),
+    )
+
+
+@pytest.mark.parametrize(
+    "value, reason",
+    [(math.nan, "the student's logits are NaN"), (math.inf, "a token of probability zero"), (1e-5, "memorised")],
+)
+def test_rows_without_a_ratio_are_dropped_and_said_so(tiny_folder, tmp_path, monkeypatch, value, reason):
+    """The longest rows overflow, or are known by heart: they are dropped, and a second run from the cache agrees."""
+
+    def change(stats):
+        return TokenStats(torch.full_like(stats.nll, value), stats.rank) if len(stats.nll) > 26 else stats
+
+    scored_as(monkeypatch, change)
+    results = [
+        apply(trajectories(), config(tiny_folder, select="none"), seed=0, cache_folder=tmp_path / name)
+        for name in ("first", "cached")
+    ]
+    assert results[1].report["scored_now"] == 0 and results[0].dropped == results[1].dropped
+    long = [i for i, n in enumerate(results[0].scores["rsr_tokens"]) if n > 26]
+    assert 0 < len(long) < 6 and sorted(results[0].dropped) == long
+    assert all(reason in results[0].dropped[i] for i in long)
+    assert all(results[0].scores["rsr"][i] is None for i in long)
+    assert results[0].report["pool"]["invalid"] == len(long)
+    for result in results:
+        json.dumps(result.report, allow_nan=False)
+
+
+def test_a_student_whose_logits_are_all_nan_is_refused(tmp_path):
+    model = tiny_model()
+    folder = save_tiny(tmp_path / "model")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    model.save_pretrained(folder)
+    with pytest.raises(ModelError, match="NaN"):
+        apply(trajectories(), config(folder), seed=0, cache_folder=tmp_path)
+
+
+def test_rows_longer_than_the_students_context_are_flagged(tmp_path):
+    folder = save_tiny(tmp_path / "model", max_position_embeddings=64)
+    result = apply(trajectories(), config(folder, select="none"), seed=0, cache_folder=tmp_path)
+    cut = [i for i, flag in enumerate(result.scores["rsr_truncated"]) if flag]
+    assert cut == [0, 2, 4, 5] and not result.dropped
+    assert (result.report["max_length"], result.report["truncated"]) == (64, 4)
+
+
+def test_problems_with_one_candidate_or_only_wrong_ones_keep_their_lowest(tiny_folder, tmp_path):
+    rows = [row | {"correct": row["problem_id"] != "p1" and row["correct"]} for row in trajectories()]
+    rows = [row for row in rows if row["id"] != "dull-0"]
+    result = apply(Dataset.from_list(rows), config(tiny_folder), seed=0, cache_folder=tmp_path)
+    kept = {rows[i]["problem_id"] for i in range(len(rows)) if i not in result.dropped}
+    assert kept == {"p0", "p1", "p2"} and 0 not in result.dropped
+    assert result.report["problems"] == {"all": 3, "kept": 3, "kept_with_one_candidate": 1, "kept_with_all_wrong": 1}
