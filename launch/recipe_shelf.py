@@ -45,7 +45,7 @@ def list_recipes(word: str | None = None) -> None:
     table = Table("recipe", "afterglow", "what", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name, path in packaged_recipes().items():
         what = describe(path)
-        verb = _verb_of_text(path.read_text(encoding="utf-8"))
+        verb = verb_of_text(path.read_text(encoding="utf-8"))
         if verb and (word is None or word.lower() in f"{name} {what}".lower()):
             table.add_row(Text(name, style="cyan"), Text(verb), Text(what))
     if not table.row_count:
@@ -53,7 +53,7 @@ def list_recipes(word: str | None = None) -> None:
     Console(highlight=False).print(table)
 
 
-def _verb_of_text(text: str) -> str | None:
+def verb_of_text(text: str) -> str | None:
     """As `verb_of`, without reading values: some are environment variables that need not be set to look around."""
     keys = {line.split(":")[0] for line in text.splitlines() if line[:1].isalpha()}
     return None if "name" in keys else next((verb for key, verb in DECIDING_KEYS.items() if key in keys), None)
@@ -87,7 +87,7 @@ def copy_recipe(name: str, target: str | None = None) -> list[Path]:
 
 def _stage_recipes(source: Path) -> list[str]:
     """Name the recipes beside a pipeline that its stages take, each once."""
-    if _verb_of_text(source.read_text(encoding="utf-8")) != "run":
+    if verb_of_text(source.read_text(encoding="utf-8")) != "run":
         return []
     names: list[str] = []
     for stage in read_recipe(source).values["stages"]:
