@@ -61,12 +61,14 @@ class TokenStats:
         rank: (n,) int32, 1 + the number of vocabulary entries with strictly greater logits.
         entropy: (n,) fp32, entropy of the predicted distribution in nats, or None when not asked for.
         varentropy: (n,) fp32, variance of -log p under the predicted distribution in squared nats, with `entropy`.
+        confidence: (n,) fp32, the largest probability of the predicted distribution, with `entropy`.
     """
 
     nll: Tensor
     rank: Tensor
     entropy: Tensor | None = None
     varentropy: Tensor | None = None
+    confidence: Tensor | None = None
 
     def top_k_hits(self, k: int) -> Tensor:
         """Return (n,) booleans: is the token among the k most likely? Ties count in its favour."""
@@ -93,7 +95,8 @@ def score_tokens(
         sequences: What to score. A sequence without scored tokens yields empty statistics.
         token_budget: Most tokens, padding included, of one forward pass; a longer sequence goes alone.
         chunk: Most positions that go through the language-model head together.
-        entropy: Also compute the entropy of each predicted distribution, and the variance of -log p under it.
+        entropy: Also compute the entropy of each predicted distribution, the variance of -log p under it, and its
+            largest probability.
         compiled: Run the model's layers and the pass over the logits through `torch.compile`; None decides by the
             amount of work.
         done: Keys that need no scoring; batches made only of these are skipped.

@@ -6,11 +6,13 @@ Everything that is asked of a token y with logit t follows from sums over the vo
     rank     = 1 + C,                 C = #{j : x_j > t}
     entropy  = log S - D / S,         D = sum_j exp(x_j - t) (x_j - t)
     variance = Q / S - (D / S)^2,     Q = sum_j exp(x_j - t) (x_j - t)^2    (of -log p, under p)
+    largest  = exp(M) / S,            M = max_j (x_j - t)                   (probability)
 
-S, C, D and Q simply add up over slices of the vocabulary, so one slice of logits is made, read once, and overwritten by
-the next. Two things can spoil such a row, and both are noticed: S overflows (a token of probability below e^-88), or
-the logit t, needed before its own slice is reached, was rounded differently there. Such rows, a few in a million,
-are done again with all their logits at once; so the rank is always exact with respect to one set of logits.
+S, C, D and Q simply add up over slices of the vocabulary, and M is the largest of theirs; so one slice of logits is
+made, read once, and overwritten by the next. Two things can spoil such a row, and both are noticed: S overflows (a
+token of probability below e^-88), or the logit t, needed before its own slice is reached, was rounded differently
+there. Such rows, a few in a million, are done again with all their logits at once; so the rank is always exact with
+respect to one set of logits.
 """
 
 from collections.abc import Callable
@@ -51,8 +53,8 @@ class VocabularyHead:
 
 def token_statistics(
     hidden: Tensor, targets: Tensor, head: VocabularyHead, *, entropy: bool = False, compiled: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return negative log-likelihood, rank, entropy and its variance for one target token per hidden state.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return negative log-likelihood, rank, entropy, its variance and the largest probability of each hidden state.
 
     The sums over the vocabulary are accumulated in fp32 from logits of the head's own dtype.
 
@@ -60,29 +62,30 @@ def token_statistics(
         hidden: (n, hidden), in the dtype and on the device of the head.
         targets: (n,) token ids.
         head: The language-model head.
-        entropy: Also return the entropy of each predicted distribution, and the variance of -log p under it.
+        entropy: Also return the entropy of each predicted distribution, the variance of -log p under it, and its
+            largest probability.
         compiled: Run the pass over the logits through `torch.compile`: one kernel that reads each logit once.
 
     Returns:
-        nll (n,) fp32 in nats; rank (n,) int32, 1 + the number of strictly greater logits; entropy (n,) fp32 in nats
-        and variance (n,) fp32 in squared nats, or None.
+        nll (n,) fp32 in nats; rank (n,) int32, 1 + the number of strictly greater logits; entropy (n,) fp32 in nats,
+        variance (n,) fp32 in squared nats and largest probability (n,) fp32, or None.
     """
     fold = _fold(head.scale, head.softcap, entropy, compiled)
     vocabulary = head.weight.shape[0]
     if vocabulary <= _slice(hidden.device):
-        results = hidden.new_empty(4, len(hidden), dtype=torch.float32)
+        results = hidden.new_empty(5, len(hidden), dtype=torch.float32)
         doubtful = torch.arange(len(hidden), device=hidden.device)
     else:
         results, doubtful = _sliced(hidden, targets, head, fold)
     for rows in doubtful.split(max(1, _FULL_ELEMENTS // vocabulary)):
         results[:, rows] = _whole_rows(hidden[rows], targets[rows], head, fold)
-    nll, higher, entropies, variances = results
+    nll, higher, *others = results
     rank = higher.to(torch.int32) + 1
-    return (nll, rank, entropies, variances) if entropy else (nll, rank, None, None)
+    return (nll, rank, *others) if entropy else (nll, rank, None, None, None)
 
 
 def _sliced(hidden: Tensor, targets: Tensor, head: VocabularyHead, fold: Callable) -> tuple[Tensor, Tensor]:
-    """Go through the vocabulary slice by slice; return (4, n) nll, count, entropy, variance, and doubtful rows."""
+    """Go through the vocabulary slice by slice; return what `_finish` does, and doubtful rows."""
     n, vocabulary, width = len(hidden), head.weight.shape[0], _slice(hidden.device)
     # Sorted by target, the rows whose own logit lies in a slice are neighbours.
     targets, order = targets.sort()
@@ -92,13 +95,12 @@ def _sliced(hidden: Tensor, targets: Tensor, head: VocabularyHead, fold: Callabl
     slices = list(zip(starts, bounds, bounds[1:], strict=False))
     target_raw = _target_logits(hidden, targets, head, slices, width)
     seen = torch.empty_like(target_raw)
-    sums = hidden.new_zeros(4, n, dtype=torch.float32)
+    sums = hidden.new_zeros(5, n, dtype=torch.float32)
     buffer = hidden.new_empty(n * width)
     for start, first, last in slices:
         raw = buffer[: n * min(width, vocabulary - start)].view(n, -1)
         _slice_logits(hidden, head, start, raw)
-        for total, part in zip(sums, fold(raw, target_raw), strict=False):
-            total += part
+        _accumulate(sums, fold(raw, target_raw))
         if first < last:
             seen[first:last] = raw[first:last].gather(1, targets[first:last, None] - start)
     doubtful = (seen != target_raw).squeeze(1) | ~sums.isfinite().all(0)
@@ -135,12 +137,11 @@ def _target_logits(
 
 
 def _whole_rows(hidden: Tensor, targets: Tensor, head: VocabularyHead, fold: Callable) -> Tensor:
-    """Return (4, n) nll, count, entropy, variance from all logits of the rows at once."""
+    """Return (5, n) nll, count, entropy, variance, largest from all logits of the rows at once."""
     raw = torch.nn.functional.linear(hidden, head.weight, head.bias)
     target_raw = raw.gather(1, targets[:, None])
-    sums = torch.zeros(4, len(raw), device=raw.device)
-    for total, part in zip(sums, fold(raw, target_raw), strict=False):
-        total += part
+    sums = torch.zeros(5, len(raw), device=raw.device)
+    _accumulate(sums, fold(raw, target_raw))
     results = _finish(sums)
     overflow = (~sums.isfinite().all(0)).nonzero().squeeze(1)
     if len(overflow):
@@ -151,6 +152,7 @@ def _whole_rows(hidden: Tensor, targets: Tensor, head: VocabularyHead, fold: Cal
         # Where p is 0 its term is 0, whatever log p is.
         squares = torch.where(p > 0, p * log_p.square(), 0).sum(-1)
         results[3, overflow] = (squares - results[2, overflow].square()).clamp(min=0)
+        results[4, overflow] = p.amax(-1)
     return results
 
 
@@ -158,17 +160,26 @@ def _slice(device: torch.device) -> int:
     return _CPU_SLICE if device.type == "cpu" else _GPU_SLICE
 
 
+def _accumulate(sums: Tensor, parts: tuple[Tensor, ...]) -> None:
+    """Take the sums of a slice into (5, n) S, C, D, Q, M; M starts at 0, the target's own difference."""
+    for total, part in zip(sums[:4], parts[:4], strict=False):
+        total += part
+    if len(parts) > 4:
+        torch.maximum(sums[4], parts[4], out=sums[4])
+
+
 def _finish(sums: Tensor) -> Tensor:
-    """Turn (4, n) sums S, C, D, Q into nll, count, entropy and variance."""
-    exp_sum, higher, first, second = sums
+    """Turn (5, n) S, C, D, Q, M into nll, count, entropy, variance and largest probability."""
+    exp_sum, higher, first, second, most = sums
     nll, mean = exp_sum.log(), first / exp_sum
     variance = second / exp_sum - mean.square()
-    return torch.stack([nll, higher, (nll - mean).clamp(min=0), variance.clamp(min=0)])
+    largest = (most - nll).exp().clamp(max=1)
+    return torch.stack([nll, higher, (nll - mean).clamp(min=0), variance.clamp(min=0), largest])
 
 
 @lru_cache
 def _fold(scale: float, softcap: float | None, entropy: bool, compiled: bool) -> Callable:
-    """Return the pass over raw logits (n, v) with targets' raw logits (n, 1): the sums S, C and, on demand, D, Q."""
+    """Return the pass over raw logits (n, v) with targets' raw logits (n, 1): the sums S, C and, on demand, D, Q, M."""
 
     def fold(raw: Tensor, target_raw: Tensor) -> tuple[Tensor, ...]:
         # Scale and softcap are increasing, so the raw logits rank as the transformed ones; comparing the raw ones
@@ -180,7 +191,7 @@ def _fold(scale: float, softcap: float | None, entropy: bool, compiled: bool) ->
         if not entropy:
             return exp.sum(1), higher
         moment = exp * difference
-        return exp.sum(1), higher, moment.sum(1), (moment * difference).sum(1)
+        return exp.sum(1), higher, moment.sum(1), (moment * difference).sum(1), difference.amax(1)
 
     return torch.compile(fold, dynamic=True) if compiled else fold
 

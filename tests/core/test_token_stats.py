@@ -36,7 +36,7 @@ def plain(model, sequence):
     rank = 1 + (logits > logits.gather(1, target)).sum(1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     varentropy = (log_p.exp() * (log_p + entropy[:, None]) ** 2).sum(-1)
-    return -log_p.gather(1, target)[:, 0], rank, entropy, varentropy
+    return -log_p.gather(1, target)[:, 0], rank, entropy, varentropy, log_p.exp().amax(1)
 
 
 def sharpen(model):
@@ -49,11 +49,12 @@ def sharpen(model):
 def assert_plain(model, given, asked, atol):
     assert given.keys() == {sequence.key for sequence in asked}
     for sequence in asked:
-        nll, rank, entropy, varentropy = plain(model, sequence)
+        nll, rank, entropy, varentropy, confidence = plain(model, sequence)
         stats = given[sequence.key]
         torch.testing.assert_close(stats.nll, nll, atol=atol, rtol=1e-5)
         torch.testing.assert_close(stats.entropy, entropy, atol=10 * atol, rtol=1e-5)
         torch.testing.assert_close(stats.varentropy, varentropy, atol=100 * atol, rtol=1e-4)
+        torch.testing.assert_close(stats.confidence, confidence, atol=10 * atol, rtol=1e-4)
         assert (stats.rank - rank).abs().max() <= (1 if atol < 1e-3 else 0.05 * rank.max())
 
 
@@ -70,7 +71,8 @@ def toy(logits, targets, **kwargs):
 
 def test_hand_computed():
     p = torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4]])
-    nll, rank, entropy, varentropy = toy(p.log(), [2, 3])
+    nll, rank, entropy, varentropy, confidence = toy(p.log(), [2, 3])
+    assert confidence.tolist() == pytest.approx([0.5, 0.4])
     assert rank.tolist() == [3, 1]  # a tie with the target does not count
     assert nll.tolist() == pytest.approx([math.log(8), -math.log(0.4)])
     assert entropy.tolist() == pytest.approx([1.75 * math.log(2), -(p[1] * p[1].log()).sum().item()])
@@ -80,7 +82,7 @@ def test_hand_computed():
 
 def test_bias_scale_and_softcap():
     logits, bias = torch.tensor([[1.0, -2.0, 6.0]]), torch.tensor([0.5, 3.0, -9.0])
-    nll, rank, _, _ = toy(logits, [0], bias=bias, scale=0.5, softcap=2.0)
+    nll, rank, *_ = toy(logits, [0], bias=bias, scale=0.5, softcap=2.0)
     expected = 2 * torch.tanh(0.5 * (logits + bias) / 2)
     assert nll.item() == pytest.approx(-expected.log_softmax(-1)[0, 0].item())
     assert rank.item() == 1
@@ -90,7 +92,8 @@ def test_bias_scale_and_softcap():
 def test_improbable_targets_do_not_overflow(vocabulary):
     logits = torch.zeros(2, vocabulary, dtype=torch.bfloat16)
     logits[:, 7], logits[0, 1] = 400.0, -(2.0**99)
-    nll, rank, entropy, varentropy = toy(logits, [1, 2])
+    nll, rank, entropy, varentropy, confidence = toy(logits, [1, 2])
+    assert confidence.tolist() == pytest.approx([1, 1])
     assert nll.tolist() == [2.0**99, 400.0]
     assert rank.tolist() == [vocabulary, 2]
     assert entropy.tolist() == varentropy.tolist() == pytest.approx([0, 0], abs=1e-6)
