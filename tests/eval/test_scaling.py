@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from afterglow.core.errors import DataError, RecipeError, RunFolderError
 from afterglow.core.recipe import read_recipe
 from afterglow.eval.evaluate import run
 from afterglow.eval.report import run_report
-from afterglow.eval.scaling import SCALING_FILE
+from afterglow.eval.scaling import SCALING_FILE, SCALING_SCHEMA
 
 
 def rows_of(ceiling, seed, count=30, start=True):
@@ -129,3 +131,15 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     file = write(tmp_path / "x.jsonl", rows_of(0.6, 0))
     run(recipe(tmp_path, curves={"x": file}), dry_run=True)
     assert "27 points, 3 before the cut" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_every_key_of_the_file_is_documented(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "results_schema.md").read_text()
+    section = text.split(f"## scaling.json (schema {SCALING_SCHEMA})")[1].split("\n## ")[0]
+    known = {word for quoted in re.findall(r"`([^`]+)`", section) for word in re.split(r"[ ,]+", quoted)}
+    out = run(recipe(tmp_path, curves={"x": write(tmp_path / "x.jsonl", rows_of(0.6, 0))}, extrapolate_to=400))
+    found = json.loads((out / SCALING_FILE).read_text())
+    curve = found["curves"]["x"]
+    law = curve["laws"]["sigmoid"]
+    keys = {*found, *curve, *curve["laws"], *law, *law["backtest"], *law["forecast"]} | {"from", "to"}
+    assert keys - {"schema"} <= known, keys - known
