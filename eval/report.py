@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.errors import RunFolderError
 from ..core.run_folder import write_atomic
-from .report_diagnostics import describe_scaling
+from .report_diagnostics import describe_diagnostics, describe_scaling
 from .report_results import Run, describe_filter, describe_tasks, describe_training
 from .report_samples import examples, read_samples
 from .report_sweep import describe_sweeps
@@ -46,6 +46,7 @@ def run_report(folder: str | Path) -> Path:
         tasks=list(describe_tasks(evaluations, samples)),
         unlearning=describe_unlearning(runs),
         scaling=list(describe_scaling(runs)),
+        diagnostics=list(describe_diagnostics(runs)),
         sweeps=list(describe_sweeps(folder)),
         filters=[describe_filter(run) for run in runs if run.stage == "filter" and (run.path / "steps.json").exists()],
         trainings=[describe_training(run) for run in runs if run.stage == "train"],

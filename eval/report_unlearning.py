@@ -36,7 +36,8 @@ def describe_unlearning(runs: Sequence[Run]) -> dict[str, Any]:
             by_suite.setdefault(suite, []).append((run, scores))
     relearned = by_suite.pop("relearning", [])
     audited = by_suite.pop("path_dependence", [])
-    by_suite.pop("scaling", None)  # has a section of its own
+    for name in ("scaling", "diagnostics"):  # have a section of their own
+        by_suite.pop(name, None)
     return {
         "suites": [_suite(name, of) for name, of in by_suite.items()],
         "relearning": _relearning(relearned) if relearned else None,

@@ -22,7 +22,7 @@ from ..core.generation import EngineConfig
 from ..core.recipe import Section, build, plain
 from ..core.run_folder import RunFolder, write_atomic
 from ..core.trajectory import content_hash, is_file
-from . import path_audit, relearning, scaling, tofu_logs
+from . import diagnostics, path_audit, relearning, scaling, tofu_logs
 from .quantisation import quantised_copy
 from .suite_base import NO_MODEL, ROWS_FILE, SCORES_FILE, Measured, RetrainedConfig, Suite, SuiteConfig, read_retrained
 from .suite_leakage import LeakageConfig, LeakageSuite
@@ -44,6 +44,7 @@ STUDIES = {  # which do not ask one model once
     "path_dependence": (path_audit.PathAuditConfig, path_audit.run),
     "tofu_logs": (tofu_logs.TofuLogsConfig, tofu_logs.run),
     "scaling": (scaling.ScalingConfig, scaling.run),
+    "diagnostics": (diagnostics.DiagnosticsConfig, diagnostics.run),
 }
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ModelError
+from ..core.routing import find_routers
 
 NO_RECORD = -1
 
@@ -53,9 +54,7 @@ class RoutingReplay:
     """
 
     def __init__(self, model: nn.Module):
-        routers = [
-            m for m in model.modules() if type(m).__name__.endswith("TopKRouter") and hasattr(m, "norm_topk_prob")
-        ]
+        routers = find_routers(model)
         if not routers:
             raise ModelError(
                 f"routing_replay: {type(model).__name__} has no router of a kind that is known here (a softmax top-k "
