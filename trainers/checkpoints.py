@@ -1,6 +1,7 @@
 """Which checkpoints are whole. A kill while one is written leaves a folder that looks like a checkpoint and is none."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -32,7 +33,8 @@ def call_the_cpu_by_its_name(args: TrainingArguments) -> None:
     optimizer, and torch knows only `cpu`.
     """
     if args.device.type == "cpu":
-        args.distributed_state.device = args.__dict__["_setup_devices"] = torch.device("cpu")
+        state: Any = args.distributed_state
+        state.device = args.__dict__["_setup_devices"] = torch.device("cpu")
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:

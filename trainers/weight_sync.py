@@ -60,6 +60,8 @@ def _look_after(url: str, doing: str, done: threading.Event) -> None:
     while not done.wait(LOOK_EVERY):
         misses = 0 if is_healthy(url) else misses + 1
         seconds = time.monotonic() - started
+        if done.is_set():  # meanwhile
+            return
         if misses >= MISSES:
             _end(f"{_before(url, doing)} it has not answered {misses} times in a row. {_MEND}")
         if seconds > LONGEST_SYNC:
