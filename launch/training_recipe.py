@@ -172,9 +172,10 @@ def check_processes(training: Training, kind: str | None = None) -> None:
                 "does on a CPU. Use `--accelerate_config ddp`, or a machine with GPUs."
             )
     offloaded = env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
-    if kind == "DEEPSPEED" and offloaded and "adam" not in training.args.optim:
+    optim: Any = training.args.optim
+    if kind == "DEEPSPEED" and offloaded and "adam" not in optim:
         raise RecipeError(
-            f"`optim: {training.args.optim.value}`: with an offloaded optimizer accelerate silently makes Adam of it. "
+            f"`optim: {optim.value}`: with an offloaded optimizer accelerate silently makes Adam of it. "
             "Use `optim: adamw_torch`, or `--accelerate_config zero3`."
         )
     if training.args.n_gpu > 1:
