@@ -49,7 +49,7 @@ ALARMS = {
     "entropy_high": Alarm("entropy", "above", 2.0, 5.0, "start"),
     "engine_kl": Alarm("sampling/kl", "above", 0.02, 0.2),
     "all_correct": Alarm("groups/all_correct", "above", 0.8, None),
-    "distinct_answers": Alarm("groups/distinct_answers", "below", 0.4, None, "start"),
+    "distinct_wrong": Alarm("groups/distinct_wrong", "below", 0.4, None, "start"),
     "no_tool": Alarm("probe/no_tool_accuracy", "below", 0.8, 0.5, "start"),
 }
 

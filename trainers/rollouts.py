@@ -98,7 +98,9 @@ def summarise(measures: torch.Tensor, group: int) -> dict[str, float]:
     attempts = of["calls"] + of["malformed"]
     called = attempts > 0
     rates = of["correct"].view(-1, group).mean(1)
-    answers = [len(set(row) - {0.0}) for row in of["answer"].view(-1, group).tolist()]
+    # Of the wrong ones only: right ones are all the same, so that they tell how good a policy is, and not how varied.
+    wrong = torch.where(of["correct"] > 0, 0.0, of["answer"]).view(-1, group).tolist()
+    distinct, given = sum(len(set(row) - {0.0}) for row in wrong), sum(value != 0 for row in wrong for value in row)
     return {
         "rollouts/truncated": of["truncated"].mean().item(),
         "rollouts/void": of["void"].mean().item(),
@@ -111,5 +113,5 @@ def summarise(measures: torch.Tensor, group: int) -> dict[str, float]:
         "rollouts/tool_seconds": of["tool_seconds"].mean().item(),
         "groups/all_correct": (rates == 1).double().mean().item(),
         "groups/all_wrong": (rates == 0).double().mean().item(),
-        "groups/distinct_answers": sum(answers) / len(answers),
+        "groups/distinct_wrong": distinct / given if given else 1.0,
     }

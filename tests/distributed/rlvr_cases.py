@@ -18,7 +18,7 @@ METRICS = (
     "rollouts/calls",
     "rollouts/call_error_rate",
     "entropy",
-    "groups/distinct_answers",
+    "groups/distinct_wrong",
 )
 
 
