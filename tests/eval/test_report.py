@@ -123,8 +123,8 @@ def test_figures_are_sound_and_follow_the_page(folder, page):
     labels = [re.search(r'aria-label="([^"]*)"', svg)[1] for svg in drawn]
     assert labels == [
         "pass@k", "how often each problem is solved", "each problem", "tokens: eval_base", "tokens: eval_glow",
-        "branching", "branching, length", "loss", "weights", "gradient norm", "loss of each sample",
-        "gain in the last epoch, nats", "gain in the last epoch, nats, by source",
+        "rows of filter, step by step", "branching", "branching, length", "loss", "weights", "gradient norm",
+        "loss of each sample", "gain in the last epoch, nats", "gain in the last epoch, nats, by source",
         "weight in the last epoch", "weight in the last epoch, by source",
         "samples that do not learn",
     ]  # fmt: skip
