@@ -94,6 +94,14 @@ def find_recipe(path: str | Path) -> Path:
     raise RecipeError(f"{path}: no such recipe in {Path.cwd()} or in the package.{hint}")
 
 
+def packaged_file(path: str) -> str:
+    """Return the file that a recipe names: `recipes/unlearning/plain.jinja` is the package's where none is here."""
+    if path.startswith("recipes/") and not Path(path).exists():
+        packaged = Path(str(files("afterglow.recipes"))) / path.removeprefix("recipes/")
+        return str(packaged) if packaged.is_file() else path
+    return path
+
+
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Section:
     """Read a recipe file and lay command-line overrides (`["--key", "value", ...]`) over it.
 

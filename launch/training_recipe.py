@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import RecipeError
-from ..core.recipe import Section, build
+from ..core.recipe import Section, build, packaged_file
 from ..core.run_folder import RunFolder
 from ..core.trajectory import DataConfig, load_trajectories
 from .console import print_error
@@ -35,6 +35,7 @@ RL_COLUMNS = ("id", "prompt", "answer")  # of a method that writes its completio
 # Further tables of a method, read like `data`: key of its configuration -> argument of its trainer.
 TABLES = {"retain_data": "retain_dataset"}
 FILES = (*TABLES, "alternatives", "heldout_problems")  # keys of a method that name what it reads
+PACKAGED = ("chat_template_path", "alternatives")  # keys that may name a file beside the packaged recipes
 # How the processes are driven, not what is computed; and what must not be stored.
 NO_IDENTITY = frozenset(
     {"use_cpu", "ddp_backend", "dataloader_pin_memory", "hub_token", "vllm_server_base_url", "vllm_server_host",
@@ -106,6 +107,9 @@ def parse(section: Section) -> Training:
     for part in (stage, data, model, args):
         names = [f.name for f in dataclasses.fields(part) if f.init and f.name not in NO_IDENTITY]
         config |= {name: getattr(part, name) for name in names}
+    for key in PACKAGED:  # the recipe's own words stay in its identity: the package lies elsewhere on another machine
+        if named := getattr(args, key, None):
+            setattr(args, key, packaged_file(named))
     return Training(
         stage, data, model, args, getattr(importlib.import_module(module), trainer), config, list(section.values)
     )
