@@ -21,7 +21,7 @@ from ..core.run_folder import RunFolder
 from ..trainers.checkpoints import last_complete_checkpoint
 from .console import print_table
 from .dry_run_rl import show_rollouts
-from .memory import count_parameters, estimate
+from .memory import count_parameters, estimate, peak, shape_of
 from .model_folder import check_model
 from .processes import Setup
 from .training_recipe import RL_COLUMNS, Training, load_further_tables, load_table
@@ -170,7 +170,6 @@ def _show_memory(console: Console, training: Training, setup: Setup, lengths: Le
 
     args, model = training.args, training.model
     config = AutoConfig.from_pretrained(str(model.model_name_or_path), revision=model.model_revision)
-    text = config.get_text_config()
     parameters, trained = count_parameters(config, get_peft_config(model))
     dtype = str(config.dtype or "float32").removeprefix("torch.") if model.dtype in (None, "auto") else model.dtype
     parts = estimate(
@@ -180,16 +179,16 @@ def _show_memory(console: Console, training: Training, setup: Setup, lengths: Le
         optimizer=str(getattr(args.optim, "value", args.optim)),
         half_precision=bool(args.bf16 or args.fp16),
         checkpointing=args.gradient_checkpointing,
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
+        shape=shape_of(config),
         tokens=args.per_device_train_batch_size * int(args.max_length or 0 if args.packing else lengths.longest),
         setup=setup,
+        cpu=args.use_cpu and setup.kind in ("NO", "MULTI_CPU"),
     )
+    most = peak(parts, args.gradient_accumulation_steps > 1)
     table = Table("part", "GB", "formula", title="memory on each device, estimated", title_justify="left")
     for part in parts:
         table.add_row(part.name, f"{part.bytes / 1e9:.2f}", part.formula)
-    table.add_row("sum", f"{sum(part.bytes for part in parts) / 1e9:.2f}", "without the allocator's waste")
+    table.add_row("peak", f"{most / 1e9:.2f}", "what stands at once, without the allocator's waste")
     console.print(table)
 
 

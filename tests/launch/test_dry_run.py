@@ -5,7 +5,7 @@ from afterglow.core.recipe import read_recipe
 from afterglow.launch import training_recipe as recipes
 from afterglow.launch.cli import main
 from afterglow.launch.dry_run import batch_rows, masked_text, measure, prepare
-from afterglow.launch.memory import count_parameters, estimate
+from afterglow.launch.memory import Part, Shape, count_parameters, estimate, peak
 from afterglow.launch.model_folder import check_model
 from afterglow.launch.processes import Setup
 from afterglow.launch.training_run import _make_trainer
@@ -86,13 +86,18 @@ def test_memory_is_split_as_the_setup_says(tiny_folder):
     def parts(setup: Setup, **changes) -> dict[str, float]:
         facts = {
             "parameters": 1000, "trained": 1000, "dtype": "float32", "optimizer": "adamw_torch", "half_precision": True,
-            "checkpointing": True, "layers": 2, "hidden": 8, "intermediate": 16, "tokens": 10, "setup": setup,
+            "checkpointing": True, "tokens": 10, "setup": setup,
+            "shape": Shape(2, 8, queries=8, keys=4, intermediate=16, vocabulary=32, tied=True, head_norms=False),
         }  # fmt: skip
         return {part.name: part.bytes for part in estimate(**(facts | changes))}
 
+    # A layer keeps of a token: 2 norms x 8 x (4 + 4 + 2) bytes, attention 2 x (8 + 4) x 2, feed-forward 4 x 16 x 2.
     one = parts(Setup())
-    assert one == {"weights": 4000, "gradients": 4000, "optimizer": 8000, "activations": 10 * (2 * 8 + 128) * 2}
-    assert parts(Setup("ddp", "MULTI_GPU", 4)) == one
+    assert one == {
+        "weights": 4000, "gradients": 4000, "optimizer": 8000, "casts": 2000, "activations": 10 * (2 * 8 * 4 + 336),
+        "logits": 10 * 32768 * 2 + 32 * 8 * 4,
+    }  # fmt: skip
+    assert parts(Setup("ddp", "MULTI_GPU", 4)) == one | {"DDP's buckets": 4000}
     fsdp = parts(Setup("fsdp2", "FSDP", 4))
     assert (fsdp["weights"], fsdp["gradients"], fsdp["optimizer"]) == (1000, 1000, 2000)
     zero2 = parts(Setup("zero2", "DEEPSPEED", 4, 2))
@@ -102,4 +107,11 @@ def test_memory_is_split_as_the_setup_says(tiny_folder):
     assert parts(Setup(), trained=10)["optimizer"] == 80
     assert parts(Setup(), optimizer="adamw_8bit")["optimizer"] == 2000
     assert parts(Setup(), optimizer="sgd")["optimizer"] == 0
-    assert parts(Setup(), checkpointing=False)["activations"] == 10 * 2 * 128 * 2
+    assert parts(Setup(), checkpointing=False)["activations"] == 10 * 2 * 336
+
+
+def test_gradients_and_activations_meet_only_with_accumulation():
+    sizes = {"weights": 5.0, "optimizer": 10.0, "gradients": 4.0, "activations": 6.0, "logits": 1.0}
+    parts = [Part(name, size, "") for name, size in sizes.items()]
+    assert peak(parts, accumulates=True) == 26 and peak(parts, accumulates=False) == 22
+    assert peak([Part("gradients", 9.0, ""), *parts[:2], *parts[3:]], accumulates=False) == 24
