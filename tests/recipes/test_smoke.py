@@ -8,8 +8,7 @@ from smoke import Smoke
 from afterglow.launch.recipe_shelf import packaged_recipes, verb_of_text
 
 VERBS = {name: verb_of_text(path.read_text()) for name, path in packaged_recipes().items()}
-# Pipelines chain recipes that stand here. What needs no model, a server, another run's ledger or longer rows has its own
-# tests.
+# Pipelines chain recipes that stand here. What needs no model, a server, a ledger or longer rows has its own tests.
 ELSEWHERE = ("diagnostics/", "filters/judge-branching.yaml", "filters/coreset-", "filters/clean-text.yaml")
 SMOKED = [name for name, verb in VERBS.items() if verb not in (None, "run") and not name.startswith(ELSEWHERE)]
 FEW = [
