@@ -79,9 +79,9 @@ def token_statistics(
         results, doubtful = _sliced(hidden, targets, head, fold)
     for rows in doubtful.split(max(1, _FULL_ELEMENTS // vocabulary)):
         results[:, rows] = _whole_rows(hidden[rows], targets[rows], head, fold)
-    nll, higher, *others = results
+    nll, higher, entropies, variances, largest = results
     rank = higher.to(torch.int32) + 1
-    return (nll, rank, *others) if entropy else (nll, rank, None, None, None)
+    return (nll, rank, entropies, variances, largest) if entropy else (nll, rank, None, None, None)
 
 
 def _sliced(hidden: Tensor, targets: Tensor, head: VocabularyHead, fold: Callable) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ deviation over the set is our reading, as is the floor under what is inverted.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -115,7 +116,7 @@ def choose_proxy(proxies: Mapping[str, Sequence[float]], held_in: Mapping[str, S
     def correlation(values: Sequence[float]) -> float:
         if len(set(values)) < 2:
             return 0.0
-        found = [stats.spearmanr(values, task)[0] for task in held_in.values() if len(set(task)) > 1]
+        found: list[Any] = [stats.spearmanr(values, task)[0] for task in held_in.values() if len(set(task)) > 1]
         return float(np.mean(found)) if found else 0.0
 
     of = {name: correlation(values) for name, values in proxies.items()}

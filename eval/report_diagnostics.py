@@ -14,8 +14,10 @@ from .suite_base import ROWS_FILE
 def describe_scaling(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
     """Yield one entry per fitted curve of all finished runs with `suite: scaling`."""
     for run in runs:
-        found = run.json(SCALING_FILE) if run.manifest.get("suite") == "scaling" else None
-        for name, curve in (found or {"curves": {}})["curves"].items():
+        found = run.json(SCALING_FILE)
+        if found is None:
+            continue
+        for name, curve in found["curves"].items():
             yield {
                 "name": f"{run.name}: {name}",
                 "laws": [

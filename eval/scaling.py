@@ -101,7 +101,8 @@ def run(config: ScalingConfig, overwrite: bool = False, dry_run: bool = False) -
     path = Path(config.output_dir)
     inputs: dict[str, str | list[str]] = {**config.curves}
     if dry_run:
-        RunFolder.check(path, "eval", plain(config), inputs=inputs) if not overwrite else None
+        if not overwrite:
+            RunFolder.check(path, "eval", plain(config), inputs=inputs)
         print(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
         for name, curve in read_curves(config).items():
             print(f"{name}: {len(curve.score)} points, {curve.dropped} before the cut. Nothing was written.")

@@ -29,8 +29,15 @@ MOST_LEVERAGE = 0.9
 class Law(Protocol):
     """A curve of three parameters, the asymptote first; the others are free of units inside (logarithms)."""
 
-    name: str
-    names: tuple[str, str, str]
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """What its parameters are called."""
+        ...
 
     def value(self, theta: np.ndarray, compute: np.ndarray) -> np.ndarray:
         """Return the curve at each compute."""
@@ -216,7 +223,7 @@ def least_squares(law: Law, compute: np.ndarray, score: np.ndarray, asymptote: f
     found: Any = optimize.least_squares(
         lambda theta: law.value(whole(theta), compute) - score,
         start[free],
-        lambda theta: law.slopes(whole(theta), compute)[:, free],
+        lambda theta: law.slopes(whole(theta), compute)[:, free],  # pyright: ignore[reportArgumentType]
         bounds=(low[free], high[free]),
         x_scale="jac",
         max_nfev=200,
@@ -233,7 +240,7 @@ def asymptote_profile(fit: Fit) -> tuple[float, float]:
     law, count = fit.law, len(fit.score)
     low, high = (float(ends[0]) for ends in law.bounds(fit.compute))
     best = float((fit.residuals**2).sum())
-    allowed = best * (1 + stats.f.ppf(LEVEL, 1, count - 3) / (count - 3)) + 1e-12
+    allowed = best * (1 + float(stats.f.ppf(LEVEL, 1, count - 3)) / (count - 3)) + 1e-12
 
     def excess(asymptote: float) -> float:
         theta = least_squares(law, fit.compute, fit.score, asymptote)
