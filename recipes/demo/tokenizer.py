@@ -26,11 +26,21 @@ def qwen3_template() -> str:
     return (Path(spec.origin).parent / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Train a byte-level BPE tokenizer: any text can be encoded, and the words of `texts` become short."""
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, template: str | None = None, phrases: tuple[str, ...] = ()
+) -> "PreTrainedTokenizerFast":
+    """Train a byte-level BPE tokenizer: any text can be encoded, and the words of `texts` become short.
+
+    Args:
+        texts: to learn words from.
+        vocab_size: the most tokens.
+        template: the chat template; default: Qwen3's.
+        phrases: further texts that become one token each.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    whole = (*TAGS, *phrases)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -40,17 +50,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(TAGS),
+        vocab_size=vocab_size - len(whole),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=list(CONTROL_TOKENS),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((re.sub("|".join(TAGS), "", text) for text in texts), trainer)
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    pattern = "|".join(map(re.escape, whole))
+    tokenizer.train_from_iterator((re.sub(pattern, "", text) for text in texts), trainer)
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in whole])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=1024
     )
-    fast.chat_template = qwen3_template()
+    fast.chat_template = template or qwen3_template()
     return fast
 
 
