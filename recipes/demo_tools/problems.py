@@ -1,17 +1,14 @@
 """Problems of the tools demo: small ones that the model solves in its head, large ones that need a calculator.
 
-The small ones are stories of `recipes.demo`. The large ones tell of hundreds times hundreds, alone or with a sum: what
-is to be calculated is easy to see, and the product is out of reach of a model of a million parameters.
+Both tell the same stories. Products of single digits are learnt by heart; a product of hundreds is easy to set up and
+out of reach of a model of a million parameters.
 """
 
-from ..demo.problems import Problem, Story, bus, garden, more_than, packing
-
-LOW, HIGH = 101, 989  # of the factors
+from ..demo.problems import Problem, Story
 
 
-def delivery(story: Story) -> None:
-    """A plain product."""
-    b, c = story.number(LOW, HIGH), story.number(LOW, HIGH)
+def _parcels(story: Story, low: int, high: int) -> None:
+    b, c = story.number(low, high), story.number(low, high)
     story.say(
         "{name} orders {b} {holders} of {c} {items}.", "{name} gets {b} {holders} with {c} {items} each.", b=b, c=c
     )
@@ -19,34 +16,47 @@ def delivery(story: Story) -> None:
     story.say("How many {items} is that?", "How many {items} does {name} get?")
 
 
-def stock(story: Story) -> None:
-    """A product added to what is there."""
-    a, b, c = story.number(11, 99), story.number(LOW, HIGH), story.number(LOW, HIGH)
-    story.say("{name} has {a} {items}.", "A shop has {a} {items}.", a=a)
-    story.say("Then {b} {holders} of {c} come in.", "A truck brings {b} {holders} of {c}.", b=b, c=c)
-    new = story.work(b, "*", c, "new " + story.items)
-    story.work(a, "+", new, story.items)
-    story.say("How many {items} are there now?")
+def _orchard(story: Story, low: int, high: int) -> None:
+    b, c = story.number(low, high), story.number(low, high)
+    story.say("{name} plants {b} rows of {c} trees.", "A garden has {b} rows with {c} trees each.", b=b, c=c)
+    story.work(b, "*", c, "trees")
+    story.say("How many trees is that?")
 
 
-def harvest(story: Story) -> None:
-    """A product, and what is lost of it."""
-    b, c, d = story.number(LOW, HIGH), story.number(LOW, HIGH), story.number(11, 99)
-    story.say("A field has {b} rows of {c} plants.", "{name} plants {b} rows of {c} trees.", b=b, c=c)
-    story.say("{d} of them die.", "Then {d} die.", d=d)
-    all_of_them = story.work(b, "*", c, "planted")
-    story.work(all_of_them, "-", d, "alive")
-    story.say("How many are left?")
+def handful(story: Story) -> None:
+    """A few holders of a few things."""
+    _parcels(story, 2, 9)
 
 
-SMALL = (packing, more_than, bus, garden)
-LARGE = (delivery, delivery, stock, harvest)
+def garden(story: Story) -> None:
+    """A few rows of a few trees."""
+    _orchard(story, 2, 9)
+
+
+def gift(story: Story) -> None:
+    """Some things and some more."""
+    a, b = story.number(2, 20), story.number(2, 9)
+    story.say("{name} has {a} {items}.", a=a)
+    story.say("{friend} gives {him} {b} more.", "{he} finds {b} more {items}.", b=b)
+    story.work(a, "+", b, story.items)
+    story.say("How many {items} does {name} have now?")
+
+
+def delivery(story: Story) -> None:
+    """Hundreds of holders of hundreds of things."""
+    _parcels(story, 101, 989)
+
+
+def plantation(story: Story) -> None:
+    """Hundreds of rows of hundreds of trees."""
+    _orchard(story, 101, 989)
+
+
+SMALL = (handful, garden, gift)
+LARGE = (delivery, plantation)
 
 
 def expression(problem: Problem) -> str:
-    """Return the whole calculation as one line of Python, with the numbers of the story only."""
-    parts: dict[int, str] = {}
-    for step in problem.steps:
-        left, right = parts.get(step.left, str(step.left)), parts.get(step.right, str(step.right))
-        parts[step.result] = f"{left}{step.op}{right}"
-    return parts[problem.steps[-1].result]
+    """Return the calculation as Python."""
+    (step,) = problem.steps
+    return f"{step.left}{step.op}{step.right}"

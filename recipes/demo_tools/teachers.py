@@ -1,9 +1,8 @@
 """Teachers that call Python, sloppy ones among them: their trajectories are the cold start of the tools demo.
 
-They write what real tool-integrated data hold: calls that work, calls that fail and are mended or not, results that
-are copied wrongly, sums done in the head though a tool is there, and calls that nobody needs. Half of the large
-problems end right. No row is filtered by its answer: what is left to gain, reinforcement learning must find from the
-answers alone.
+They write what real tool-integrated data hold: calls that work, calls that fail and are mended or not, products guessed
+in the head though a tool is there, and calls that nobody needs. About half of the large problems end right. No row is
+filtered by its answer: what is left to gain, reinforcement learning must find from the answers alone.
 """
 
 import random
@@ -33,8 +32,8 @@ def called(thought: str, code: str) -> dict[str, Any]:
 
 
 def heard(output: str) -> dict[str, Any]:
-    """What the tool answered."""
-    return {"role": "tool", "name": TOOL_NAME, "content": output}
+    """What the tool answered, as a rollout gives it to the model: without the line break at its end."""
+    return {"role": "tool", "name": TOOL_NAME, "content": output.rstrip()}
 
 
 def read(answer: str) -> dict[str, Any]:
@@ -61,11 +60,6 @@ def syntax_error(code: str) -> str:
 def careful(problem: Problem, rng: random.Random) -> Messages:
     """Calls once, and copies the result."""
     return [called("I use Python.", expression(problem)), heard(f"{problem.answer}\n"), read(problem.answer)]
-
-
-def hasty(problem: Problem, rng: random.Random) -> Messages:
-    """Calls once, and gets a digit of the result wrong."""
-    return [*careful(problem, rng)[:2], read(misread(problem.answer, rng))]
 
 
 def clumsy(problem: Problem, rng: random.Random) -> Messages:
@@ -98,10 +92,9 @@ class Teacher:
 
 
 TEACHERS = (
-    Teacher("careful", careful, large=0.4, small=0.3),  # for a small problem, a call that nobody needs
-    Teacher("hasty", hasty, large=0.2, small=0.0),
-    Teacher("clumsy", clumsy, large=0.2, small=0.0),
-    Teacher("proud", proud, large=0.2, small=0.7),
+    Teacher("careful", careful, large=0.45, small=0.2),  # for a small problem, a call that nobody needs
+    Teacher("clumsy", clumsy, large=0.15, small=0.0),
+    Teacher("proud", proud, large=0.4, small=0.8),
 )
 
 

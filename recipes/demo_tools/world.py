@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from ...core.tool_protocol import TOOLS
+from ...core.tool_protocol import TOOL_NAME, TOOLS
 from ..demo.problems import Problem, problem_stream
 from ..made_folder import make_folder, run_command, write_jsonl
 from .problems import LARGE, SMALL
 from .teachers import solve_in_head, solve_with_tools
+
+TEMPLATE = Path(__file__).with_name("template.jinja").read_text(encoding="utf-8")
+# The frame of a call and the tool's description are one token each: to be learnt are when to call, and with what.
+PHRASES = (TOOLS[0]["function"]["description"], f'{{"name": "{TOOL_NAME}", "arguments": {{"code": "', '"}}')
 
 
 @dataclass(frozen=True)
@@ -23,17 +27,15 @@ class WorldConfig:
     """Size of the world. A problem of one set is in no other set."""
 
     seed: int = field(default=0, metadata={"help": "Decides every file."})
-    base_small: int = field(default=3500, metadata={"help": "Small problems of the base model's training."})
-    base_large: int = field(default=1500, metadata={"help": "Large ones, which it cannot learn to solve."})
-    tools_large: int = field(default=800, metadata={"help": "Large problems that teachers solve with tools offered."})
-    tools_small: int = field(default=200, metadata={"help": "Small ones with tools offered, mostly not used."})
-    text_small: int = field(default=1000, metadata={"help": "Small problems solved without tools."})
+    tools_large: int = field(default=3600, metadata={"help": "Large problems that teachers solve with tools offered."})
+    tools_small: int = field(default=400, metadata={"help": "Small ones with tools offered, mostly not used."})
+    text_small: int = field(default=4600, metadata={"help": "Small problems solved without tools."})
     rl_large: int = field(default=600, metadata={"help": "Large problems of the reinforcement learning."})
     rl_small: int = field(default=100, metadata={"help": "Small ones of it, without tools."})
-    heldout_large: int = field(default=150, metadata={"help": "Held-out large problems."})
-    heldout_small: int = field(default=150, metadata={"help": "Held-out small problems."})
-    vocab_size: int = field(default=768, metadata={"help": "Largest size of the tokenizer."})
-    hidden_size: int = field(default=192, metadata={"help": "Width of the model; a multiple of 64."})
+    heldout_large: int = field(default=100, metadata={"help": "Held-out large problems."})
+    heldout_small: int = field(default=100, metadata={"help": "Held-out small problems."})
+    vocab_size: int = field(default=640, metadata={"help": "Largest size of the tokenizer."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of the model; a multiple of 64."})
     layers: int = field(default=3, metadata={"help": "Layers of the model."})
 
 
@@ -45,8 +47,7 @@ def make_problems(config: WorldConfig) -> dict[str, list[Problem]]:
         ("small", True): problem_stream(SMALL, f"{config.seed}/heldout-small", heldout=True),
         ("large", True): problem_stream(LARGE, f"{config.seed}/heldout-large", heldout=True),
     }
-    names = ("base_small", "base_large", "tools_large", "tools_small", "text_small", "rl_large", "rl_small",
-             "heldout_large", "heldout_small")  # fmt: skip
+    names = ("tools_large", "tools_small", "text_small", "rl_large", "rl_small", "heldout_large", "heldout_small")
     return {
         name: list(islice(streams[name.rpartition("_")[2], name.startswith("heldout")], getattr(config, name)))
         for name in names
@@ -57,11 +58,9 @@ def chat_texts(rows: Iterable[dict]) -> Iterator[str]:
     """Yield the text that the tokenizer learns its words from, tools block and calls included."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    from ..demo.tokenizer import qwen3_template
-
     for row in rows:
         chat = [*row["prompt"], *row["completion"]]
-        texts, _ = render_jinja_template([chat], tools=row["tools"], chat_template=qwen3_template())
+        texts, _ = render_jinja_template([chat], tools=row["tools"], chat_template=TEMPLATE)
         yield texts[0]
 
 
@@ -70,17 +69,15 @@ def write_world(folder: Path, config: WorldConfig) -> None:
     from ..demo.tokenizer import init_model, train_tokenizer
 
     sets, seed = make_problems(config), str(config.seed)
-    base = [solve_in_head(problem) for name in ("base_small", "base_large") for problem in sets[name]]
     with_tools = [solve_with_tools(problem, seed) for name in ("tools_large", "tools_small") for problem in sets[name]]
     text = [solve_in_head(problem) for problem in sets["text_small"]]
-    write_jsonl(folder / "base.jsonl", base)
     write_jsonl(folder / "trajectories.jsonl", with_tools + text)
     write_jsonl(folder / "problems_large.jsonl", (problem.row() for problem in sets["heldout_large"]))
     write_jsonl(folder / "problems_small.jsonl", (problem.row() for problem in sets["heldout_small"]))
     for_rl = [(problem, TOOLS) for problem in sets["rl_large"]] + [(problem, None) for problem in sets["rl_small"]]
     write_jsonl(folder / "problems_rl.jsonl", (problem.row() | {"tools": tools} for problem, tools in for_rl))
 
-    tokenizer = train_tokenizer(chat_texts(base[:: len(base) // 400 or 1] + with_tools[:400]), config.vocab_size)
+    tokenizer = train_tokenizer(chat_texts([*with_tools[:400], *text[:400]]), config.vocab_size, TEMPLATE, PHRASES)
     model = init_model(tokenizer, config.seed, config.hidden_size, config.layers)
     tokenizer.save_pretrained(folder / "init")
     model.save_pretrained(folder / "init")

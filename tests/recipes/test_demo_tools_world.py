@@ -1,4 +1,5 @@
 import json
+import re
 from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
@@ -10,13 +11,13 @@ from afterglow.core.sandbox import SandboxConfig, open_sandbox
 from afterglow.core.tool_protocol import TOOLS, open_protocol
 from afterglow.core.trajectory import DataConfig, final_text, load_trajectories, trajectory_id
 from afterglow.recipes.demo.problems import problem_stream
+from afterglow.recipes.demo.tokenizer import qwen3_template
 from afterglow.recipes.demo_tools.problems import LARGE, SMALL, expression
 from afterglow.recipes.demo_tools.teachers import LARGE_FAMILIES, solve_with_tools
 from afterglow.recipes.demo_tools.world import WorldConfig, make_problems, make_world
 
 SMALL_WORLD = WorldConfig(
-    base_small=120, base_large=30, tools_large=80, tools_small=20, text_small=20, rl_large=20, rl_small=5,
-    heldout_large=20, heldout_small=20, vocab_size=700,
+    tools_large=80, tools_small=20, text_small=20, rl_large=20, rl_small=5, heldout_large=20, heldout_small=20,
 )  # fmt: skip
 TEMPLATE = Path(__file__).resolve().parents[2] / "recipes" / "tir_sft" / "qwen3-thinking-training.jinja"
 
@@ -43,7 +44,7 @@ def boxed(row):
 def test_the_expression_of_a_problem_is_its_answer(families):
     for problem in islice(problem_stream(families, "0", None), 300):
         assert str(eval(expression(problem))) == problem.answer
-        assert all(word in problem.text for word in expression(problem).replace("+", "-").replace("*", "-").split("-"))
+        assert all(number in problem.text for number in re.findall(r"\d+", expression(problem)))
 
 
 def test_large_problems_are_out_of_reach_and_small_ones_are_not():
@@ -64,9 +65,9 @@ def test_sets_of_problems_are_disjoint_and_of_their_size():
 def test_half_of_the_large_problems_end_right_and_all_small_ones():
     large = [solve_with_tools(p, "0") for p in islice(problem_stream(LARGE, "0", None), 600)]
     right = Counter((row["source"], boxed(row) == row["answer"]) for row in large)
-    assert right["careful", False] == right["hasty", True] == right["proud", True] == 0
+    assert right["careful", False] == right["proud", True] == 0
     assert right["clumsy", True] > 20 and right["clumsy", False] > 20
-    assert abs(sum(count for (_, is_right), count in right.items() if is_right) / 600 - 0.5) < 0.06
+    assert abs(sum(count for (_, is_right), count in right.items() if is_right) / 600 - 0.525) < 0.06
     small = [solve_with_tools(p, "0") for p in islice(problem_stream(SMALL, "0", None), 200)]
     assert all(boxed(row) == row["answer"] for row in small)
     assert Counter(row["source"] for row in small).keys() == {"careful", "proud"}
@@ -84,7 +85,7 @@ def test_what_the_tool_answers_is_what_the_sandbox_prints():
                         code = message["tool_calls"][0]["function"]["arguments"]["code"]
                         result = session.run(code)
                         # a session counts its cells, and a traceback names them
-                        assert result.output.replace("<cell 2>", "<cell 1>") == answer["content"], code
+                        assert result.output.replace("<cell 2>", "<cell 1>").rstrip() == answer["content"], code
                         seen.add(result.status)
         assert seen == {"ok", "error"}
 
@@ -94,12 +95,10 @@ def test_files_are_valid_trajectories(world):
     assert len(table) == 120 and all(row["id"] == trajectory_id(row) for row in table)
     with_tools = [row for row in table if row["tools"]]
     assert len(with_tools) == 100 and all(row["tools"] == TOOLS for row in with_tools)
-    base = load_trajectories(DataConfig(data=str(world / "base.jsonl")))
-    assert len(base) == 150 and not any(base["tools"])
     rl = rows_of(world / "problems_rl.jsonl")
     assert [bool(row["tools"]) for row in rl] == [row["family"] in LARGE_FAMILIES for row in rl]
     held = {row["problem"] for name in ("large", "small") for row in rows_of(world / f"problems_{name}.jsonl")}
-    assert held.isdisjoint(row["prompt"][0]["content"] for row in [*table, *base]) and held.isdisjoint(
+    assert held.isdisjoint(row["prompt"][0]["content"] for row in table) and held.isdisjoint(
         row["problem"] for row in rl
     )
 
@@ -112,18 +111,16 @@ def test_a_call_is_rendered_as_the_protocol_reads_it(world, tokenizer):
         row["prompt"], tools=row["tools"], add_generation_prompt=True, return_dict=False
     )
     called = row["completion"][:1]
-    text = tokenizer.apply_chat_template(
-        row["prompt"] + called, tools=row["tools"], tokenize=False, chat_template=TEMPLATE.read_text()
-    )
+    text = tokenizer.apply_chat_template(row["prompt"] + called, tools=row["tools"], tokenize=False)
     spoken = text.removeprefix(str(tokenizer.decode(prompt))).removesuffix("<|im_end|>\n")
     turn = protocol.parse(spoken)
     assert [call.code for call in turn.calls] == [called[0]["tool_calls"][0]["function"]["arguments"]["code"]]
     assert turn.message["tool_calls"] == called[0]["tool_calls"]
-    assert len(tokenizer.apply_chat_template(row["prompt"] + row["completion"], tools=row["tools"])["input_ids"]) < 320
+    assert len(tokenizer.apply_chat_template(row["prompt"] + row["completion"], tools=row["tools"])["input_ids"]) < 140
 
 
 def test_labels_are_the_assistants_turns_and_nothing_else(world, tokenizer):
-    """With TRL's own preparation, over every teacher, with Qwen3's template and with ours for Qwen3-Thinking."""
+    """With TRL's own preparation, over every teacher, with the demo's template and with that for Qwen3-Thinking."""
     from trl.trainer.sft_config import SFTConfig
 
     from afterglow.launch.dry_run import prepare
@@ -147,7 +144,7 @@ def test_labels_are_the_assistants_turns_and_nothing_else(world, tokenizer):
                 assert (
                     message["role"] != "tool" or f"<tool_response>\n{message['content']}\n</tool_response>" in context
                 )
-            assert ("<tools>" in context) == bool(row["tools"])
+            assert (TOOLS[0]["function"]["description"] in context) == bool(row["tools"])
 
 
 def written(message):
@@ -166,7 +163,9 @@ def test_the_thinking_template_asks_as_the_models_own_does(tokenizer):
     """Prompts as Qwen3's, with the think block opened; turns of the past keep their thoughts."""
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "6*7?"}]
     for tools in (None, TOOLS):
-        own = tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=True)
+        own = tokenizer.apply_chat_template(
+            chat, tools=tools, tokenize=False, add_generation_prompt=True, chat_template=qwen3_template()
+        )
         ours = tokenizer.apply_chat_template(
             chat, tools=tools, tokenize=False, add_generation_prompt=True, chat_template=TEMPLATE.read_text()
         )
