@@ -16,10 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..core.child_process import end_with_parent
 from ..core.run_folder import is_current, write_atomic
 from .console import INTERRUPTED, print_error
 from .pipeline_recipe import RECIPE, Stage, check_stages, parse_pipeline
-from .processes import end_with_parent, run_child
+from .processes import run_child
 
 STAGES_FILE, SUMMARY_FILE = "stages.json", "summary.json"
 SECONDS_BETWEEN_SAMPLES = 0.5

@@ -1,8 +1,6 @@
 """How many processes train, and how they are started: `afterglow train --accelerate_config NAME --num_processes N`."""
 
-import ctypes
 import os
-import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from ..core.child_process import end_with_parent
 from ..core.errors import RecipeError
 from .console import print_error
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent / "accelerate_configs"
 SINGLE, CPU = "single", "cpu"
 PROCESSES = "AFTERGLOW_PROCESSES"  # tells each process how many were asked for: `train.check_processes` compares
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -204,9 +202,3 @@ def run_child(command: list[str], environment: dict[str, str] | None = None) -> 
     except KeyboardInterrupt:  # the child got it too: let it end in its own way
         child.wait()
         raise
-
-
-def end_with_parent() -> None:
-    """Ask Linux to stop this process when its parent dies: an orphan would go on holding the run folder."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

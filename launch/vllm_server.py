@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..core.child_process import end_with_parent
 from ..core.errors import GenerationError, RecipeError
 from ..core.server_pool import is_healthy
-from .processes import end_with_parent
 
 START_TIMEOUT = 1800.0  # seconds; a large model from a slow disk takes most of it
 STOP_TIMEOUT = 30.0
