@@ -59,6 +59,7 @@ echo "host $1" >> "$LOG"; exec bash -c "$2" """,
     "afterglow": """printf '%s\\n' "$(printf '%q ' "$@")" >> "$LOG"
 [ "$1" = serve ] && [ -z "${SERVER_DIES:-}" ] && exec sleep 60
 [ "$1" = train ] && [ -n "${SERVER_DIES:-}${LONG:-}" ] && exec sleep 60
+case "$*" in train*vllm_server_base_url*) until grep -q ^serve "$LOG"; do sleep 0.05; done;; esac
 case " $* " in *"--machine_rank ${FAILS:-none} "*) exit 7;; esac
 exit 0""",
 }

@@ -17,7 +17,7 @@ set -euo pipefail
 # Two minutes before the time limit the job goes back into the queue, and on from its last checkpoint when it returns.
 trap 'echo "time limit: queued again" >&2; scontrol requeue "$SLURM_JOB_ID"' USR1
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 port=$((20000 + SLURM_JOB_ID % 10000 * 3))
 export head port
 
