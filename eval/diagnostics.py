@@ -30,14 +30,11 @@ from ..core.run_folder import RunFolder, write_atomic
 from ..core.token_stats import ScoredSequence, TokenStats, body_and_head, score_tokens
 from . import pathways
 from .geometry import RunningCovariance, describe_geometry
-from .proxy_metrics import LAST_TOKENS, NAMES, ExpertTokens, proxy_metrics
+from .proxy_metrics import LAST_TOKENS, NAMES, SHOWN, ExpertTokens, proxy_metrics
 from .suite_base import ROWS_FILE, SCORES_FILE
 from .sweep import find_checkpoints
 from .unlearning_data import SPEC_HELP, messages_of, read_set
 from .unlearning_measure import measured, opened
-
-SHOWN = ("rankme_cov", "rankme_sv", "alpha_cov", "alpha_sv", "nll/uniform", "top1/inverse_frequency",
-         "top5/frequency", "pathway_distance", "pathway_consistency")  # fmt: skip
 
 
 @dataclass(kw_only=True)

@@ -15,6 +15,10 @@ from scipy import stats
 
 from ..core.errors import DataError
 
+# What a report shows of a checkpoint, of all that is measured.
+SHOWN = ("rankme_cov", "rankme_sv", "alpha_cov", "alpha_sv", "nll/uniform", "top1/inverse_frequency",
+         "top5/frequency", "pathway_distance", "pathway_consistency")  # fmt: skip
+
 LAST_TOKENS = 1000
 METRICS = (
     "nll", "top1", "top2", "top3", "top5", "entropy", "rank", "reciprocal_rank", "margin", "wrong_confidence",

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from . import report_figures as figures
-from .diagnostics import SHOWN
+from .proxy_metrics import SHOWN
 from .report_results import Run
 from .scaling import SCALING_FILE, backtest_text, forecast_text, parameters_text
 from .suite_base import ROWS_FILE

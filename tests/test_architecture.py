@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -68,3 +70,12 @@ def test_no_module_shadows_a_library():
     libraries = {"datasets", "accelerate", "transformers", "trl", "torch", "types", "logging", "json", "math", "random"}
     for _, path in FILES:
         assert path.stem not in libraries, f"{path}: named like a library"
+
+
+def test_a_report_is_drawn_without_torch():
+    """Importing torch and transformers takes longer than drawing."""
+    code = (
+        "import sys, afterglow.eval.report; print(sorted({'torch', 'transformers', 'trl', 'vllm'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

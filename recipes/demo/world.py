@@ -22,7 +22,7 @@ class WorldConfig:
 
     seed: int = field(default=0, metadata={"help": "Decides every file."})
     pretrain_problems: int = field(default=5500, metadata={"help": "Problems of the base model's training."})
-    train_problems: int = field(default=2000, metadata={"help": "Problems that the teachers solve."})
+    train_problems: int = field(default=2200, metadata={"help": "Problems that the teachers solve."})
     heldout_id: int = field(default=200, metadata={"help": "Held-out problems of the same families."})
     heldout_ood: int = field(default=100, metadata={"help": "Problems of unseen families, longer or larger."})
     vocab_size: int = field(default=640, metadata={"help": "Largest size of the tokenizer."})
