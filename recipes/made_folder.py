@@ -11,7 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import AfterglowError, RunFolderError
+from ..core.errors import AfterglowError, DataError, RunFolderError
 
 CONFIG_FILE = "world.json"
 
@@ -20,6 +20,18 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """Write rows as JSON lines."""
     with open(path, "w", encoding="utf-8", newline="\n") as out:
         out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def real_file(data: str, name: str) -> Path:
+    """Return a file of the folder of real data.
+
+    Raises:
+        DataError: it is not there.
+    """
+    path = Path(data) / name
+    if not path.exists():
+        raise DataError(f"{path}: no such file. AFTERGLOW_DATA must name the folder that holds {name}.")
+    return path
 
 
 def make_folder(

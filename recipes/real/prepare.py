@@ -9,10 +9,9 @@ its base model has not seen.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...core.errors import DataError
 from ...core.trajectory import content_hash, read_rows
 from ..demo.tokenizer import init_model
-from ..made_folder import make_folder, run_command, write_jsonl
+from ..made_folder import make_folder, real_file, run_command, write_jsonl
 
 HELD_OUT = 500
 FILES = ("problems/gsm8k_train.jsonl.gz", "tokenizers/qwen3/tokenizer_config.json")
@@ -34,8 +33,7 @@ def make_real(output_dir: str | Path, config: RealConfig, overwrite: bool = Fals
         RunFolderError: the folder holds something else.
     """
     for name in FILES:
-        if not (path := Path(config.data) / name).exists():
-            raise DataError(f"{path}: no such file. AFTERGLOW_DATA must name the folder that holds {FILES}.")
+        real_file(config.data, name)
     return make_folder(output_dir, config, _write, overwrite)
 
 

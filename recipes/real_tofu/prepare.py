@@ -10,11 +10,10 @@ neither, and what the suite says of them is chance.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...core.errors import DataError
 from ...core.trajectory import read_rows
 from ..demo.tokenizer import init_model, train_tokenizer
 from ..demo_forget.world import CHAT_TEMPLATE
-from ..made_folder import make_folder, run_command, write_jsonl
+from ..made_folder import make_folder, real_file, run_command, write_jsonl
 
 SETS = ("forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 
@@ -37,13 +36,12 @@ def make_real_tofu(output_dir: str | Path, config: RealTofuConfig, overwrite: bo
         RunFolderError: the folder holds something else.
     """
     for name in SETS:
-        if not (path := _file(config, name)).exists():
-            raise DataError(f"{path}: no such file. AFTERGLOW_DATA must name a folder with TOFU in unlearning/tofu.")
+        _file(config, name)
     return make_folder(output_dir, config, _write, overwrite)
 
 
 def _file(config: RealTofuConfig, name: str) -> Path:
-    return Path(config.data) / "unlearning" / "tofu" / f"{name}.jsonl.gz"
+    return real_file(config.data, f"unlearning/tofu/{name}.jsonl.gz")
 
 
 def _write(folder: Path, config: RealTofuConfig) -> None:
