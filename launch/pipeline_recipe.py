@@ -42,6 +42,9 @@ class PipelineConfig:
 
     output_dir: str = field(metadata={"help": "Folder of summary.json and stages.json."})
     stages: list[Any] = field(metadata={"help": "Stages in order, each `- VERB: recipe.yaml` or a mapping."})
+    study: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What the runs are to show and what decides; read by afterglow.evidence."}
+    )
 
 
 @dataclass
