@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 
 from .errors import DataError, RunFolderError
+from .fingerprint import fingerprint
 from .provenance import describe_code, describe_machine, describe_versions
 from .recipe import plain
-from .trajectory import fingerprint
 
 # Keys that say how to run, not what to compute: they may differ when a run is resumed. What the global batch is made of
 # has rules of its own (launch/spread.py).

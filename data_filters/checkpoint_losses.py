@@ -10,7 +10,8 @@ import numpy as np
 from datasets import Dataset
 
 from ..core.errors import DataError
-from ..core.trajectory import MODEL_FILES, DataConfig, load_trajectories
+from ..core.fingerprint import MODEL_FILES
+from ..core.trajectory import DataConfig, load_trajectories
 from .result import ShowProgress
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")

@@ -29,7 +29,8 @@ from datasets import Dataset
 
 from ..core.errors import DataError, RecipeError
 from ..core.recipe import plain, read_recipe
-from ..core.trajectory import prompt_text, source_rows
+from ..core.row_sources import source_rows
+from ..core.trajectory import prompt_text
 from .result import FilterResult, ShowProgress, bar_of
 from .selection import count_by, histogram, source_name
 from .text_match import char_ngrams, normalise, without_numbers, word_ngrams

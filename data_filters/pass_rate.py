@@ -24,7 +24,8 @@ from typing import Any, Literal, cast
 from datasets import Dataset
 
 from ..core.errors import DataError
-from ..core.trajectory import content_hash, read_rows
+from ..core.row_sources import read_rows
+from ..core.trajectory import content_hash
 from .result import FilterResult, ShowProgress, bar_of
 from .selection import count_by, histogram
 

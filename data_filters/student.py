@@ -9,8 +9,9 @@ import numpy as np
 
 from ..core.chat_encoding import EncodedChat, encode_chat
 from ..core.errors import DataError, ModelError
+from ..core.fingerprint import MODEL_FILES, fingerprint
 from ..core.token_stats import ScoredSequence
-from ..core.trajectory import MODEL_FILES, content_hash, fingerprint
+from ..core.trajectory import content_hash
 from .quality_baselines import local_windows, sentence_starts
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from typing import Any, Literal
 from datasets import Dataset
 
 from ..core.errors import DataError
-from ..core.trajectory import read_rows
+from ..core.row_sources import read_rows
 from .mixture import TEXT, TOOL, mode_of
 from .result import FilterResult, ShowProgress, bar_of
 from .selection import count_by, histogram

@@ -16,8 +16,8 @@ import numpy as np
 
 from ..core.errors import DataError, RecipeError, RunFolderError
 from ..core.pass_at_k import check_k, pass_at_k
+from ..core.row_sources import read_rows
 from ..core.run_folder import write_atomic
-from ..core.trajectory import read_rows
 from . import report_figures as figures
 from .scores import PROBLEMS_FILE, SCORES_FILE, read_scores
 from .uncertainty import LEVEL, holm, new_problems_error, paired_difference, problems_needed, resolvable, sign_flip_test

@@ -18,8 +18,9 @@ from typing import Any
 import yaml
 
 from ..core.errors import RunFolderError
+from ..core.row_sources import read_rows
 from ..core.run_folder import write_atomic
-from ..core.trajectory import final_text, read_rows
+from ..core.trajectory import final_text
 from .report_results import Run
 from .sampling import SAMPLES_FILE
 from .scores import SCORES_FILE, percent, read_scores, shown_metrics
@@ -38,15 +39,20 @@ def export_runs(runs: list[Run], kind: str) -> list[Path]:
     Raises:
         RunFolderError: none of them is a finished evaluation.
     """
-    finished = [
-        run for run in runs
-        if run.stage == "eval" and run.manifest.get("finished") and (run.path / SCORES_FILE).exists()
-        and "suite" not in _config(run)
-    ]  # fmt: skip
+    finished = finished_evaluations(runs)
     if not finished:
         raise RunFolderError("--export: there is no finished evaluation in the folder. Run `afterglow eval` first.")
     write = {"lm_eval": _write_lm_eval, "model_card": _write_model_card}[kind]
     return [path for run in finished for path in write(run)]
+
+
+def finished_evaluations(runs: list[Run]) -> list[Run]:
+    """Return the runs that have scores of tasks."""
+    return [
+        run for run in runs
+        if run.stage == "eval" and run.manifest.get("finished") and (run.path / SCORES_FILE).exists()
+        and "suite" not in _config(run)
+    ]  # fmt: skip
 
 
 def _config(run: Run) -> dict[str, Any]:
@@ -162,15 +168,26 @@ def _file_name(label: str) -> str:
 
 
 def _write_model_card(run: Run) -> Iterator[Path]:
-    config, scores, tasks = _config(run), read_scores(run.path), _task_configs(run)
-    model = str(config.get("model") or run.name)
-    index = [
+    front = yaml.safe_dump({"model-index": model_index(run)}, sort_keys=False, allow_unicode=True)
+    write_atomic(run.path / MODEL_CARD_FILE, f"---\n{front}---\n\n## Evaluation\n\n{result_section(run)}\n")
+    yield run.path / MODEL_CARD_FILE
+
+
+def model_index(run: Run) -> list[dict[str, Any]]:
+    """Return the scores of an evaluation as the hub's `model-index`."""
+    scores, tasks = read_scores(run.path), _task_configs(run)
+    results = [
         {"task": {"type": "text-generation", "name": label}, "dataset": _dataset(of.get("task", label), tasks),
          "metrics": [{"type": metric, "value": round(100 * of[metric]["value"], 2), "name": f"{metric}, n={of['n']}"}
                      for metric in shown_metrics([of])]}
         for label, of in scores.items()
     ]  # fmt: skip
-    front = {"model-index": [{"name": Path(model).name, "results": index}]}
+    return [{"name": Path(str(_config(run).get("model") or run.name)).name, "results": results}]
+
+
+def result_section(run: Run) -> str:
+    """Return the scores of an evaluation as a Markdown table, and how they were drawn."""
+    config, scores, tasks = _config(run), read_scores(run.path), _task_configs(run)
     metrics = shown_metrics(scores.values())
     head = ["task", *metrics, "problems × samples", "truncated", "tokens"]
     rows = [
@@ -182,12 +199,7 @@ def _write_model_card(run: Run) -> Iterator[Path]:
     ]  # fmt: skip
     table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in [head, *rows])
     first, _, rest = table.partition("\n")
-    text = (
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n## Evaluation\n\n{first}\n"
-        f"|---|{'---:|' * (len(head) - 1)}\n{rest}\n\n{_how(run, config, tasks)}\n"
-    )
-    write_atomic(run.path / MODEL_CARD_FILE, text)
-    yield run.path / MODEL_CARD_FILE
+    return f"{first}\n|---|{'---:|' * (len(head) - 1)}\n{rest}\n\n{_how(run, config, tasks)}"
 
 
 def _dataset(task: str, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from ..core.checkpoint import read_checkpoint
 from ..core.errors import RecipeError
 from ..core.progress import Bar, progress
 from ..core.recipe import plain
+from ..core.row_sources import is_file
 from ..core.run_folder import RunFolder, write_atomic
 from ..core.token_stats import ScoredSequence, score_tokens
-from ..core.trajectory import is_file
 from .relearning_curve import CURVES_FILE, ORIGINAL, RETRAINED, UNLEARNED, relearning_scores
 from .suite_base import NO_MODEL, SCORES_FILE
 from .unlearning_data import SPEC_HELP, Text, encode_answer, encode_text, messages_of, read_set, text_of

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.pass_at_k import pass_at_k
-from ..core.trajectory import read_rows
+from ..core.row_sources import read_rows
 from . import report_figures as figures
 from .report_flow import flow
 from .report_heat_map import heat_map

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..core.trajectory import prompt_text, read_rows
+from ..core.row_sources import read_rows
+from ..core.trajectory import prompt_text
 from . import report_figures as figures
 from .report_ledger import cut
 

@@ -21,8 +21,8 @@ import yaml
 
 from ..core.errors import DataError, RecipeError
 from ..core.recipe import plain
+from ..core.row_sources import read_rows
 from ..core.run_folder import RunFolder, write_atomic
-from ..core.trajectory import read_rows
 from .scaling_law import FEWEST, Fit, Law, PowerLaw, Sigmoid, backtest, fit_law, least_squares, refusals
 from .suite_base import SCORES_FILE
 

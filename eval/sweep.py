@@ -19,8 +19,8 @@ from ..core.errors import RecipeError
 from ..core.generation import Engine, EngineConfig
 from ..core.pass_at_k import pass_at_k
 from ..core.recipe import Section, build
+from ..core.row_sources import read_rows
 from ..core.run_folder import write_atomic
-from ..core.trajectory import read_rows
 from . import evaluate
 from .scores import PROBLEMS_FILE, read_scores
 from .uncertainty import new_problems_error

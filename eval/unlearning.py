@@ -20,8 +20,9 @@ import yaml
 from ..core.checkpoint import read_checkpoint
 from ..core.generation import EngineConfig
 from ..core.recipe import Section, build, plain
+from ..core.row_sources import is_file
 from ..core.run_folder import RunFolder, write_atomic
-from ..core.trajectory import content_hash, is_file
+from ..core.trajectory import content_hash
 from . import diagnostics, path_audit, relearning, scaling, tofu_logs
 from .quantisation import quantised_copy
 from .suite_base import NO_MODEL, ROWS_FILE, SCORES_FILE, Measured, RetrainedConfig, Suite, SuiteConfig, read_retrained

@@ -8,7 +8,8 @@ import numpy as np
 
 from ..core.chat_encoding import encode_chat, encode_prompt
 from ..core.errors import DataError, ModelError
-from ..core.trajectory import MAX_ERRORS_SHOWN, content_hash, final_text, source_rows
+from ..core.row_sources import source_rows
+from ..core.trajectory import MAX_ERRORS_SHOWN, content_hash, final_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

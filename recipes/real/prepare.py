@@ -9,7 +9,8 @@ its base model has not seen.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...core.trajectory import content_hash, read_rows
+from ...core.row_sources import read_rows
+from ...core.trajectory import content_hash
 from ..demo.tokenizer import init_model
 from ..made_folder import make_folder, real_file, run_command, write_jsonl
 

@@ -10,7 +10,7 @@ neither, and what the suite says of them is chance.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...core.trajectory import read_rows
+from ...core.row_sources import read_rows
 from ..demo.tokenizer import init_model, train_tokenizer
 from ..demo_forget.world import CHAT_TEMPLATE
 from ..made_folder import make_folder, real_file, run_command, write_jsonl

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...core.errors import DataError
-from ...core.trajectory import source_rows
+from ...core.row_sources import source_rows
 from ..made_folder import make_folder, run_command, write_jsonl
 
 if TYPE_CHECKING:

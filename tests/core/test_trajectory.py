@@ -5,11 +5,11 @@ import pytest
 from datasets import Dataset
 
 from afterglow.core.errors import DataError
+from afterglow.core.fingerprint import fingerprint
 from afterglow.core.trajectory import (
     DataConfig,
     completion_text,
     final_text,
-    fingerprint,
     load_trajectories,
     trajectory_id,
     write_trajectories,
@@ -189,7 +189,7 @@ def test_a_source_on_the_hub_names_its_own_subset_and_split(monkeypatch):
         asked.append((name, subset, split))
         return Dataset.from_list([{"question": f"{subset}?", "text": "yes"}], split=split)
 
-    monkeypatch.setattr("afterglow.core.trajectory.load_dataset", load)
+    monkeypatch.setattr("afterglow.core.row_sources.load_dataset", load)
     sources = ["owner/one", "owner/two:forget10", "owner/three:raw:retain1"]
     config = DataConfig(data=sources, subset="s", split="test", columns={"prompt": "question", "completion": "text"})
     assert len(load_trajectories(config)) == 3
