@@ -26,10 +26,10 @@ class EvidenceConfig:
     """Size of the data."""
 
     seed: int = field(default=0, metadata={"help": "Decides every file; that of the demo's world."})
-    train_problems: int = field(default=400, metadata={"help": "Problems of the seen families that teachers solve."})
+    train_problems: int = field(default=250, metadata={"help": "Problems of the seen families that teachers solve."})
     accuracy: float = field(default=0.5, metadata={"help": "How often each teacher ends right."})
-    heldout_seen: int = field(default=250, metadata={"help": "Held-out problems of the families in training."})
-    heldout_unseen: int = field(default=250, metadata={"help": "Held-out problems of the others."})
+    heldout_seen: int = field(default=200, metadata={"help": "Held-out problems of the families in training."})
+    heldout_unseen: int = field(default=200, metadata={"help": "Held-out problems of the others."})
 
 
 def take(problems: Iterator[Problem], seen: bool, count: int) -> list[Problem]:
