@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-FORGET_ROWS = "forget_rows"  # key of a batch: (pairs,) rows of the forget set
+FORGET_ROWS, RETAIN_ROWS = "forget_rows", "retain_rows"  # keys of a batch: (pairs,) rows of the two sets
 PARTS = ("forget", "alternative", "retain")
 
 
@@ -53,19 +53,24 @@ class PairedRows(torch.utils.data.Dataset):
         """Pair anew."""
         self._pairs = pair_rows(self._seed, epoch, len(self), len(self._tables["retain"]))
 
+    def retain_rows(self, epochs: int) -> np.ndarray:
+        """Return the retain rows that any of the first epochs has, in order and each once."""
+        drawn = [pair_rows(self._seed, epoch, len(self), len(self._tables["retain"])) for epoch in range(epochs)]
+        return np.unique(np.concatenate(drawn))
+
     def __len__(self) -> int:
         return len(self._tables["forget"])
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         rows = {name: int(self._pairs[row]) if name == "retain" else row for name in self._tables}
-        return {"row": row, **{name: self._tables[name][rows[name]] for name in rows}}
+        return {"row": row, "retain_row": rows["retain"], **{name: self._tables[name][rows[name]] for name in rows}}
 
 
 @dataclass
 class PairCollator(DataCollatorForLanguageModeling):
     """TRL's collator, on all forget rows of a batch, then their alternatives, then their retain rows.
 
-    They are padded to one length and go through the model together. Adds `forget_rows` (pairs,).
+    They are padded to one length and go through the model together. Adds `forget_rows`, `retain_rows` (pairs,).
     """
 
     def torch_call(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -74,6 +79,7 @@ class PairCollator(DataCollatorForLanguageModeling):
             return super().torch_call(list(examples))
         batch = super().torch_call([pair[part] for part in PARTS if part in examples[0] for pair in examples])
         batch[FORGET_ROWS] = torch.tensor([pair["row"] for pair in examples])
+        batch[RETAIN_ROWS] = torch.tensor([pair["retain_row"] for pair in examples])
         return batch
 
 

@@ -2,7 +2,7 @@
 
 One number a row (npo, dpo) is computed before the first step, stored with a fingerprint in every checkpoint, and read
 back on a resume. Whole distributions and hidden states (kl, undial, hidden) come from the same weights with the LoRA
-adapter switched off, which is the start model as long as the adapter was new.
+adapter switched off, where there is one and it is new; otherwise they are made of what `start_states` keeps.
 """
 
 import hashlib
@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core.errors import DataError, RecipeError, RunFolderError
+from ..core.errors import DataError, RunFolderError
 from ..core.progress import progress
+from .paired_rows import FORGET_ROWS, RETAIN_ROWS, parts
+from .start_states import StartStates, each_batch, gather_batch
 
 if TYPE_CHECKING:
-    from .unlearning import UnlearnTrainer
+    from .unlearning import Answers, UnlearnTrainer
 
-REFERENCE_FILE = "reference_log_probs.safetensors"
+REFERENCE_FILE = "start_model.safetensors"
 PROBES = 32  # elements of each parameter that the fingerprint sees: training changes all of them
 
 
@@ -61,32 +63,34 @@ def load_alternatives(forget: Dataset, file: str | None, seed: int) -> Dataset:
 
 
 class StartModel:
-    """The start model of a training: its log-probabilities of the forget rows, or itself while the adapter is off."""
+    """The start model of a training: what it says of the rows, or itself while the adapter is off.
 
-    def __init__(self, trainer: "UnlearnTrainer", tables: list[Dataset]):
-        self._trainer, self._tables = trainer, tables  # the tokenised rows to forget, and their alternatives
+    Args:
+        trainer: whose start model it is.
+        tables: tokenised rows: `forget`, `retain`, and maybe `alternative`.
+    """
+
+    def __init__(self, trainer: "UnlearnTrainer", tables: dict[str, Dataset]):
         args = trainer.args
+        self._trainer = trainer
+        self._scored = [tables[name] for name in ("forget", "alternative") if name in tables]
         self._needed = args.forget_loss in ("npo", "dpo")
         self._values: Tensor | None = None
-        self._fingerprint = self._compute_fingerprint() if self._needed else ""
-        if args.forget_loss == "undial" or args.retain_loss in ("kl", "hidden"):
-            self._check_adapter()
+        self._loaded = False
+        self._hidden = args.retain_loss == "hidden"
+        wanted = {"forget": args.forget_loss == "undial", "retain": args.retain_loss in ("kl", "hidden")}
+        adapter_is_new = self._adapter_is_new()
+        self._states = {
+            part: StartStates(trainer, tables[part], of_head=part == "forget" or not self._hidden)
+            for part, is_wanted in wanted.items()
+            if is_wanted and not adapter_is_new
+        }
+        self._fingerprint = self._compute_fingerprint() if self._needed or self._states else ""
 
-    def _check_adapter(self) -> None:
-        args = self._trainer.args
-        key = "forget_loss: undial" if args.forget_loss == "undial" else f"retain_loss: {args.retain_loss}"
-        model: Any = self._trainer.model
-        if not hasattr(model, "disable_adapter"):
-            raise RecipeError(
-                f"`{key}` needs the start model beside the trained one, which here is the trained one without its "
-                "adapter. Use LoRA (`use_peft: true`), or `retain_loss: nll`."
-            )
-        new = [name for name, p in model.named_parameters() if "lora_B" in name and not _local(p).any()]
-        if len(new) < sum("lora_B" in name for name, _ in model.named_parameters()) or not new:
-            raise RecipeError(
-                f"`{key}`: the adapter is not new, so that without it the model is not the one that unlearning starts "
-                "from. Merge it into the weights first, and train a new one (LoRA with its plain initialisation)."
-            )
+    def _adapter_is_new(self) -> bool:
+        """Whether the model without its adapter is the one that training starts from."""
+        fresh = [not _local(p).any() for name, p in self._trainer.model.named_parameters() if "lora_B" in name]
+        return self._as_the_first_process(bool(fresh) and all(fresh))
 
     @contextmanager
     def acting(self) -> Iterator[None]:
@@ -97,8 +101,28 @@ class StartModel:
             yield
         model.train()
 
+    def answer_tokens(self, model: Any, inputs: dict[str, Any], part: str, answers: "Answers") -> Tensor:
+        """Return what it says at the answer tokens of a batch's rows to forget or to retain, one row after the other.
+
+        Args:
+            model: the (wrapped) trained model.
+            inputs: the batch.
+            part: "forget" or "retain".
+            answers: the trained model's, of the same rows.
+
+        Returns:
+            (tokens, vocabulary) logits, or for `retain_loss: hidden` (tokens, width) hidden states.
+        """
+        is_retain = part == "retain"
+        if states := self._states.get(part):
+            rows = inputs[RETAIN_ROWS if is_retain else FORGET_ROWS]
+            return states.of(rows) if is_retain and self._hidden else states.logits(rows)
+        with self.acting(), torch.no_grad():
+            found = self._trainer.score(model, inputs, parts(inputs)[2 if is_retain else 1], answers.columns)
+        return (found.hidden if is_retain and self._hidden else found.logits)[found.mask]
+
     # -----------------------------------------------------------------------------------------------------------------
-    # log-probabilities of the forget rows
+    # what is computed before the first step
 
     def log_probs(self, rows: Tensor) -> Tensor:
         """Return the log-probability of the answers of `rows` (pairs,), and of their alternatives: (1 or 2, pairs)."""
@@ -106,44 +130,59 @@ class StartModel:
             raise RuntimeError("the start model's log-probabilities are computed when training begins")
         return self._values[:, rows]
 
-    def compute(self) -> None:
-        """Score the forget rows with the model as it is now (collective; nothing to do after `load`)."""
-        if not self._needed or self._values is not None:
+    def compute(self, epochs: int) -> None:
+        """Ask the model as it is now (collective); nothing to do after `load`.
+
+        Args:
+            epochs: of the training, which decide which retain rows it meets.
+
+        Raises:
+            RunFolderError: what was loaded is of a training with fewer epochs.
+        """
+        rows = {part: np.arange(len(states.table)) for part, states in self._states.items()}
+        if "retain" in rows:
+            rows["retain"] = self._trainer.pairs.retain_rows(epochs)
+        if self._loaded:
+            if not all(self._states[part].covers(needed) for part, needed in rows.items()):
+                raise RunFolderError(
+                    f"the checkpoint's {REFERENCE_FILE} has not the retain rows of {epochs} epochs. Resume with as "
+                    "many epochs (or steps) as the training began with, or start again."
+                )
+            return
+        count = sum(map(len, rows.values())) + (sum(map(len, self._scored)) if self._needed else 0)
+        if not count:
             return
         model: Any = self._trainer.model_wrapped
         model.eval()
-        rows = sum(map(len, self._tables))
-        with torch.no_grad(), progress("start model's log-probabilities", rows) as bar:
-            self._values = torch.stack([self._score(model, table, bar) for table in self._tables])
+        with torch.no_grad(), progress("what the start model says", count) as bar:
+            if self._needed:
+                self._values = torch.stack([self._score(model, table, bar) for table in self._scored])
+            for part, states in self._states.items():
+                states.compute(model, rows[part], bar)
         model.train()
 
     def _score(self, model: Any, table: Dataset, bar: Any) -> Tensor:
-        trainer = self._trainer
-        accelerator, norm = trainer.accelerator, str(trainer.args.length_norm)
-        batch = 2 * trainer.args.per_device_train_batch_size  # as many rows as a training batch has
-        lengths = np.array([len(ids) for ids in table["input_ids"]])
-        values = torch.empty(len(table), device=accelerator.device)
-        # Every process makes the same number of equal batches: sharded models gather their weights in each.
-        order, processes = np.argsort(lengths, kind="stable"), accelerator.num_processes
-        for first in range(0, len(table), batch * processes):
-            rows = order[first : first + batch * processes]
-            mine = np.resize(rows, batch * processes)[accelerator.process_index :: processes]
-            collated = trainer.data_collator([table[int(row)] for row in mine])
-            inputs: Any = send_to_device(collated, accelerator.device)
+        trainer, norm = self._trainer, str(self._trainer.args.length_norm)
+        values = torch.empty(len(table), device=trainer.accelerator.device)
+        for rows, inputs in each_batch(trainer, table, np.arange(len(table))):
             scores = trainer.score(model, inputs).log_prob(norm).float()
-            gathered = accelerator.gather(scores).view(processes, -1).T.reshape(-1)  # pyright: ignore[reportAttributeAccessIssue]
-            values[torch.from_numpy(rows)] = gathered[: len(rows)]
+            values[torch.from_numpy(rows)] = gather_batch(trainer, scores, len(rows))
             bar.advance(len(rows))
         return values
 
     def forget(self) -> None:
         """Drop what was computed: a training that starts again starts from the model as it is."""
-        self._values = None
+        self._values, self._loaded = None, False
+        for states in self._states.values():
+            states.set({})
 
     def save(self, folder: Path) -> None:
-        """Write the log-probabilities and their fingerprint into a checkpoint."""
-        if self._values is not None:
-            save_file({"log_probs": self._values.cpu()}, folder / REFERENCE_FILE, {"fingerprint": self._fingerprint})
+        """Write what was computed, and whose it is, into a checkpoint."""
+        tensors = {} if self._values is None else {"log_probs": self._values.cpu()}
+        for part, states in self._states.items():
+            tensors |= {f"{part}.{name}": tensor for name, tensor in states.tensors().items()}
+        if tensors:
+            save_file(tensors, folder / REFERENCE_FILE, {"fingerprint": self._fingerprint})
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote.
@@ -151,7 +190,7 @@ class StartModel:
         Raises:
             RunFolderError: there is nothing, or it is of another model or of other rows.
         """
-        if not self._needed:
+        if not self._fingerprint:
             return
         path = folder / REFERENCE_FILE
         if not path.exists():
@@ -162,22 +201,32 @@ class StartModel:
                     f"{path}: was computed with another start model, tokenizer, `length_norm`, or forget set. Give the "
                     "model that the training started from (not a checkpoint of it) and the same data, or start again."
                 )
-            self._values = file.get_tensor("log_probs").to(self._trainer.accelerator.device)
+            if self._needed:
+                self._values = file.get_tensor("log_probs").to(self._trainer.accelerator.device)
+            for part, states in self._states.items():
+                names = [name for name in file.keys() if name.startswith(f"{part}.")]  # noqa: SIM118  it is no dict
+                states.set({name.removeprefix(f"{part}."): file.get_tensor(name) for name in names})
+        self._loaded = True
 
     def _compute_fingerprint(self) -> str:
-        """Hash the start weights (some elements of each) and the forget rows' tokens, which the tokenizer made."""
-        digest = hashlib.sha256(str(self._trainer.args.length_norm).encode())
+        """Hash the start weights (some elements of each) and the rows' tokens, which the tokenizer made."""
+        args = self._trainer.args
+        digest = hashlib.sha256(f"{args.length_norm} {args.rmu_layer if self._hidden else ''}".encode())
         for name, parameter in self._trainer.model.named_parameters():
             flat = _local(parameter).reshape(-1)
             digest.update(name.encode())
             digest.update(flat[:: max(len(flat) // PROBES, 1)][:PROBES].float().cpu().numpy().tobytes())
-        for table in self._tables:
+        for table in (*self._scored, *(states.table for states in self._states.values())):
             for ids, labels in zip(table["input_ids"], table["labels"], strict=True):
                 digest.update(np.array([ids, labels], dtype=np.int64).tobytes())
-        fingerprint = [digest.hexdigest()[:16]]
+        return self._as_the_first_process(digest.hexdigest()[:16])
+
+    def _as_the_first_process(self, value: Any) -> Any:
+        """Return its value in all processes: the others' weights may not be loaded yet."""
+        box = [value]
         if self._trainer.accelerator.num_processes > 1:
-            broadcast_object_list(fingerprint)  # the other processes' weights may not be loaded yet
-        return fingerprint[0]
+            broadcast_object_list(box)
+        return box[0]
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
     L = 1 / P * sum over the pairs of the global batch of (forget_weight * forget_i + retain_weight * retain_i)
 
 A pair is one forget row and the retain row it is drawn with; P counts the pairs of all processes and accumulation
-steps, each once. Both rows go through the model in one batch. What the start model says of the forget rows (one number
-a row) is computed once, before the first step, and travels with the checkpoints: there is no second model in memory.
+steps, each once. Both rows go through the model in one batch. What the start model says (one number a forget row for
+npo; hidden states for kl) is computed once, before the first step, and travels with the checkpoints: there is no second
+model in memory.
 """
 
 import dataclasses
@@ -78,7 +79,7 @@ class _FollowEpochs(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.epoch = int(state.epoch)  # not 0 after a resume
-        self.trainer.start.compute()
+        self.trainer.start.compute(state.num_train_epochs)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.trainer.pairs.begin_epoch(self.epoch)
@@ -151,7 +152,7 @@ class UnlearnTrainer(SFTTrainer):
             raise DataError(f"`max_length: {args.max_length}` cuts off every answer of the {empty[0]} rows; raise it.")
         collator = {f.name: getattr(self.data_collator, f.name) for f in dataclasses.fields(self.data_collator)}
         self.data_collator = PairCollator(**collator)
-        self.start = StartModel(self, [table for name, table in tables.items() if name != "retain"])
+        self.start = StartModel(self, tables)
         self.train_dataset = self.pairs = PairedRows(tables, args.seed)
         # Of the pairs since the last log, and of those of the running step: pairs, forget loss and NLL, retain loss and
         # NLL, tokens.
@@ -197,7 +198,14 @@ class UnlearnTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*(self._signature_columns or []), "row", "forget", "alternative", "retain"]
+        self._signature_columns = [
+            *(self._signature_columns or []),
+            "row",
+            "retain_row",
+            "forget",
+            "alternative",
+            "retain",
+        ]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Take the batches of one optimiser step, and mark the pairs that only fill up the last one."""
@@ -270,7 +278,7 @@ class UnlearnTrainer(SFTTrainer):
         """Return the forget loss of each pair, (pairs,); `answers` are of its forget rows, then its alternatives."""
         args, norm = self.args, str(self.args.length_norm)
         beta = args.beta or 0.0
-        pairs, forget_rows, _ = parts(inputs)
+        pairs = len(inputs[FORGET_ROWS])
         match args.forget_loss:
             case "npo":
                 (reference,) = self.start.log_probs(inputs[FORGET_ROWS])
@@ -287,9 +295,8 @@ class UnlearnTrainer(SFTTrainer):
                 tokens = losses.satimp_tokens(answers.log_probs, beta, args.beta2)
                 return losses.reduce_tokens(tokens, answers.mask, norm)
             case "undial":
-                reference = self._start_answers(model, inputs, forget_rows, answers)
-                at, labels = answers.mask, answers.labels[answers.mask]
-                tokens = losses.undial_tokens(answers.logits[at], reference.logits[at], labels, beta)
+                at, reference = answers.mask, self.start.answer_tokens(model, inputs, "forget", answers)
+                tokens = losses.undial_tokens(answers.logits[at], reference, answers.labels[at], beta)
                 return answers.reduce(tokens, norm)
             case "ceu":
                 tokens = losses.ceu_tokens(answers.logits[answers.mask], answers.labels[answers.mask])
@@ -304,15 +311,11 @@ class UnlearnTrainer(SFTTrainer):
             return torch.zeros_like(answers.log_probs[:, 0])
         if self.args.retain_loss == "nll":
             return -answers.log_prob("mean")
-        reference = self._start_answers(model, inputs, parts(inputs)[2], answers)
+        at, reference = answers.mask, self.start.answer_tokens(model, inputs, "retain", answers)
         if self.args.retain_loss == "hidden":
-            return losses.rmu_loss(answers.hidden, reference.hidden, answers.mask)
-        return answers.reduce(losses.kl_tokens(answers.logits[answers.mask], reference.logits[answers.mask]), "mean")
-
-    def _start_answers(self, model: Any, inputs: dict[str, Any], rows: slice, answers: Answers) -> Answers:
-        """What the start model says of the same rows at the same positions."""
-        with self.start.acting(), torch.no_grad():
-            return self.score(model, inputs, rows, answers.columns)
+            target = torch.zeros_like(answers.hidden).masked_scatter(at[..., None], reference)
+            return losses.rmu_loss(answers.hidden, target, at)
+        return answers.reduce(losses.kl_tokens(answers.logits[at], reference), "mean")
 
     def share(self, values: Tensor, inputs: dict[str, Any], pairs: Any) -> Tensor:
         """Return this batch's part of the mean over all pairs, times the processes that DDP divides by: scalar."""

@@ -39,7 +39,8 @@ class UnlearnConfig(SFTConfig):
         default="nll",
         metadata={
             "help": "`nll` (likelihood), `kl` (to the start model's distribution), `hidden` (rmu: to its hidden "
-            "states), or `none`, the control: nothing holds the model; retain rows are measured only.",
+            "states), or `none`, the control: nothing holds the model; retain rows are measured only. Without a new "
+            "LoRA adapter, `kl` and `hidden` keep one vector for each answer token of the retain rows in memory.",
             "choices": ["nll", "kl", "hidden", "none"],
         },
     )

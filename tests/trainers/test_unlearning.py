@@ -91,7 +91,7 @@ def test_dpo_raises_the_alternative_and_lowers_the_answer(tmp_path):
     file = tmp_path / "idk.txt"
     file.write_text("I do not know.\n\nNo idea.\n")
     trainer, found = first_step(tmp_path, forget_loss="dpo", retain_loss="none", alternatives=str(file))
-    answers = {row["completion"][0]["content"] for row in trainer.start._tables[1]}
+    answers = {row["completion"][0]["content"] for row in trainer.start._scored[1]}
     assert answers == {"I do not know.", "No idea."}
     model, total = tiny_model(), torch.zeros(())
     for row in range(10):
@@ -156,20 +156,6 @@ def test_kl_starts_at_nothing_and_grows(tmp_path):
     trainer.train()
     values = logged(trainer, "retain_loss")
     assert values[0] == pytest.approx(0.0, abs=1e-6) and values[-1] > 1e-4
-
-
-def test_a_start_model_that_nobody_has_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"`retain_loss: kl` needs the start model.*Use LoRA"):
-        unlearn(tmp_path, retain_loss="kl")
-    with pytest.raises(RecipeError, match=r"`forget_loss: undial` needs the start model"):
-        unlearn(tmp_path, forget_loss="undial")
-    from peft import get_peft_model
-
-    used = get_peft_model(tiny_model(), lora())
-    with torch.no_grad():
-        next(p for name, p in used.named_parameters() if "lora_B" in name).add_(0.1)
-    with pytest.raises(RecipeError, match="the adapter is not new"):
-        unlearn(tmp_path, retain_loss="kl", model=used)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
