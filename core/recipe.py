@@ -125,7 +125,7 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Section
     return section
 
 
-def _section(node: yaml.MappingNode, path: Path) -> Section:
+def _section(node: yaml.MappingNode, path: Path | str) -> Section:
     section = Section({}, {}, str(path))
     for key_node, value_node in node.value:
         key, where = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
@@ -136,7 +136,7 @@ def _section(node: yaml.MappingNode, path: Path) -> Section:
     return section
 
 
-def _value(node: yaml.Node, path: Path) -> Any:
+def _value(node: yaml.Node, path: Path | str) -> Any:
     """Build a value; a list of mappings (the steps of a chain) keeps the places of its keys."""
     if isinstance(node, yaml.SequenceNode) and any(_is_step(n) for n in node.value):
         return [_step(n, path) for n in node.value]
@@ -148,7 +148,7 @@ def _is_step(node: yaml.Node) -> bool:
     return isinstance(node, yaml.MappingNode) and len(node.value) == 1
 
 
-def _step(node: yaml.Node, path: Path) -> Section:
+def _step(node: yaml.Node, path: Path | str) -> Section:
     """Read a step as a section that holds one section.
 
     `- name: {key: value}` is the full form, `- name` a step with its defaults, and `- name: word` is short for
@@ -199,12 +199,18 @@ def _parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
         key, equals, text = word[2:].partition("=")
         if not equals:
             text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        try:
-            value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
-            value = text
-        pairs.append((key.replace("-", "_"), text if value is None and text else value))
+        pairs.append((key.replace("-", "_"), _override_value(text, f"--{key}")))
     return pairs
+
+
+def _override_value(text: str, where: str) -> Any:
+    """Read what follows `--key` as a recipe's value; what is not YAML is text."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        value = None if node is None else _value(node, where)
+    except yaml.YAMLError:
+        return text
+    return text if value is None and text else value
 
 
 def _override(section: Section, keys: list[str], value: Any, where: str) -> None:
@@ -268,6 +274,17 @@ def build(section: Section, *classes: type) -> tuple[Any, ...]:
     if errors:
         raise RecipeError("\n".join(dict.fromkeys(errors)))
     return tuple(_construct(cls, arguments[cls], section) for cls in classes)
+
+
+def defaults_of(*classes: type) -> dict[str, Any]:
+    """Return key -> default of dataclasses; keys that must be given have none."""
+    found: dict[str, Any] = {}
+    for field_ in (f for cls in classes for f in dataclasses.fields(cls) if f.init):
+        if field_.default is not dataclasses.MISSING:
+            found[field_.name] = field_.default
+        elif field_.default_factory is not dataclasses.MISSING:
+            found[field_.name] = field_.default_factory()
+    return found
 
 
 def _construct(cls: type, arguments: dict[str, Any], section: Section) -> Any:

@@ -106,6 +106,7 @@ class RunFolder:
         inputs: dict[str, str | list[str]] | None = None,
         overwrite: bool = False,
         extra: dict[str, Any] | None = None,
+        defaults: dict[str, Any] | None = None,
     ) -> "RunFolder":
         """Start a run folder, or resume the one that is there.
 
@@ -116,6 +117,7 @@ class RunFolder:
             inputs: name -> file(s) this stage reads; a changed input is a different run.
             overwrite: delete what is there and start again.
             extra: further facts for the manifest, such as seeds and the chat-template hash.
+            defaults: of the config's keys; a key younger than the run is no other config while it has its default.
 
         Raises:
             RunFolderError: the folder belongs to another config, other input data, or a run that is still alive.
@@ -126,7 +128,7 @@ class RunFolder:
         try:
             if overwrite and (path / "manifest.json").exists():  # a folder that is no run is nobody's to delete
                 _empty(path)
-            old, data = _check(path, stage, config, inputs or {})
+            old, data = _check(path, stage, config, inputs or {}, defaults or {})
             now = datetime.now(UTC).isoformat(timespec="seconds")
             if old is None:
                 manifest = _new_manifest(stage, data, inputs or {}, extra or {}, now)
@@ -148,9 +150,10 @@ class RunFolder:
         config: dict[str, Any],
         *,
         inputs: dict[str, str | list[str]] | None = None,
+        defaults: dict[str, Any] | None = None,
     ) -> None:
         """Raise what `open` without `overwrite` would raise, and write nothing."""
-        _check(Path(path), stage, config, inputs or {})
+        _check(Path(path), stage, config, inputs or {}, defaults or {})
 
     @property
     def finished(self) -> bool:
@@ -203,12 +206,14 @@ def _lock(path: Path):
     return lock
 
 
-def _check(path: Path, stage: str, config: dict[str, Any], inputs: dict) -> tuple[dict | None, dict]:
+def _check(
+    path: Path, stage: str, config: dict[str, Any], inputs: dict, defaults: dict[str, Any]
+) -> tuple[dict | None, dict]:
     """Return the manifest of the run to resume (None where there is none) and the fingerprints of the inputs."""
     data = {name: fingerprint(source) for name, source in inputs.items()}
     old = _read_manifest(path)
     if old is not None:
-        _refuse_other_run(path, stage, _identity(plain(config)), data, old)
+        _refuse_other_run(path, stage, _identity(plain(config)), plain(defaults), data, old)
         return old, data
     # A manifest without a config is a run that was killed between the two: nothing was computed yet.
     entries = path.iterdir() if path.is_dir() else ()
@@ -282,13 +287,14 @@ def _identity(config: Any) -> Any:
     return [_identity(v) for v in config] if isinstance(config, list) else config
 
 
-def _refuse_other_run(path: Path, stage: str, identity: dict, data: dict, old: dict) -> None:
+def _refuse_other_run(path: Path, stage: str, identity: dict, defaults: dict, data: dict, old: dict) -> None:
     stored = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) or {}
     stored = _identity(stored)
     mend = "Choose another `output_dir`, or pass --overwrite to start again."
     if old["stage"] != stage:
         raise RunFolderError(f"{path}: holds a `{old['stage']}` run, this is `{stage}`. {mend}")
     missing = object()
+    stored = {key: value for key, value in defaults.items() if key in identity} | stored
     changed = [k for k in sorted({*stored, *identity}) if stored.get(k, missing) != identity.get(k, missing)]
     if changed:
         lines = [f"`{k}` was {stored.get(k, 'not set')!r}, is {identity.get(k, 'not set')!r}" for k in changed[:8]]

@@ -108,6 +108,18 @@ def test_mapping_keys_can_be_overridden(tmp_path):
     assert build(section, Training)[0].kwargs == {"a": 1, "b": 2}
 
 
+def test_the_steps_of_a_chain_can_be_given_on_the_command_line(tmp_path):
+    steps = "[length, grade: {extract: boxed}, train: base.yaml]"
+    in_file = recipe(tmp_path, f"steps: {steps}\n")
+    given = recipe(tmp_path, "steps: [random]\n", "--steps", steps, "--steps.grade.workers", "2")
+    assert plain(given)["steps"][1] == {"grade": {"extract": "boxed", "workers": 2}}
+    given.values["steps"][1].values["grade"].values.pop("workers")
+    assert plain(given) == plain(in_file)
+    with pytest.raises(RecipeError, match=r"--steps:1: a step is"):
+        recipe(tmp_path, "steps: [random]\n", "--steps", "[length: {}, [1, 2]]")
+    assert recipe(tmp_path, "steps: [random]\n", "--steps", "[1, {").values["steps"] == "[1, {", "no YAML is text"
+
+
 def test_coercion_does_not_guess():
     assert coerce(3, float) == 3.0 and isinstance(coerce(3, float), float)
     assert coerce(2.0, int) == 2

@@ -36,6 +36,18 @@ def test_same_config_resumes_and_other_config_is_refused(tmp_path):
         assert not run.resumed
 
 
+def test_a_key_that_is_younger_than_the_run_counts_only_with_another_value(tmp_path):
+    RunFolder.open(tmp_path / "run", "filter", {"seed": 3}).close()
+    new = {"seed": 3, "top": None}
+    RunFolder.check(tmp_path / "run", "filter", new, defaults={"seed": 0, "top": None, "unused": 1})
+    with pytest.raises(RunFolderError, match="`top` was 'not set', is None"):
+        RunFolder.check(tmp_path / "run", "filter", new)
+    with pytest.raises(RunFolderError, match="`top` was None, is 5"):
+        RunFolder.check(tmp_path / "run", "filter", new | {"top": 5}, defaults={"top": None})
+    with pytest.raises(RunFolderError, match="`seed` was 3, is 0"):
+        RunFolder.check(tmp_path / "run", "filter", {"seed": 0}, defaults={"seed": 0})
+
+
 def test_changed_input_data_is_refused(tmp_path):
     data = tmp_path / "d.jsonl"
     data.write_text("{}\n")
