@@ -160,7 +160,11 @@ def _work(options: argparse.Namespace, overrides: list[str]) -> int | None:
         from ..eval.evaluate import run
     else:
         from ..eval.evaluate import run_sample as run
-    run(section, overwrite=options.overwrite, dry_run=options.dry_run)
+    folder = run(section, overwrite=options.overwrite, dry_run=options.dry_run)
+    if options.verb == "eval" and not options.dry_run:
+        from .model_card import add_evaluation
+
+        add_evaluation(folder)
     return 0
 
 

@@ -56,7 +56,9 @@ def show_plan(training: Training, setup: Setup, overwrite: bool = False) -> None
     table = load_table(training.data, training.columns)
     load_further_tables(training)
     if not overwrite:
-        RunFolder.check(str(args.output_dir), "train", training.config, inputs=training.inputs)
+        RunFolder.check(
+            str(args.output_dir), "train", training.config, inputs=training.inputs, defaults=training.defaults
+        )
     _show_recipe(console, training)
     tokenizer = _find_tokenizer(training)
     if training.columns == RL_COLUMNS:

@@ -158,10 +158,10 @@ def launch_training(
     code = run_child([sys.executable, *train, "--check"])
     if code:
         return code
-    environment = {PROCESSES: str(setup.processes)} | ({} if gpus else _without_gpus(setup))
+    environment = {PROCESSES: str(setup.processes)} | ({} if gpus else without_gpus(setup))
     cores = max((os.cpu_count() or 1) * setup.machines.count // setup.processes, 1)
     environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(cores))
-    command = [] if setup.name == SINGLE else _accelerate(setup, gpus)
+    command = [] if setup.name == SINGLE else accelerate_command(setup, gpus)
     with server or nullcontext():
         code = run_child([sys.executable, *command, *train], environment)
         if code and server and server.process.poll() is not None:
@@ -174,8 +174,8 @@ def launch_training(
     return code
 
 
-def _accelerate(setup: Setup, gpus: int) -> list[str]:
-    """Return the launcher and its options."""
+def accelerate_command(setup: Setup, gpus: int) -> list[str]:
+    """Return the arguments of Python that start accelerate's launcher, up to what it launches."""
     command = ["-m", "accelerate.commands.launch", "--config_file", str(setup.path)]
     command += ["--num_processes", str(setup.processes)]
     machines = setup.machines
@@ -189,8 +189,11 @@ def _accelerate(setup: Setup, gpus: int) -> list[str]:
     return command if gpus else [*command, "--mixed_precision", "no"]
 
 
-def _without_gpus(setup: Setup) -> dict[str, str]:
-    """The launcher for GPUs does not hand `use_cpu` on, and DeepSpeed wants to hear nothing of it."""
+def without_gpus(setup: Setup) -> dict[str, str]:
+    """Return the variables of processes without a GPU.
+
+    The launcher for GPUs does not hand `use_cpu` on, and DeepSpeed wants to hear nothing of it.
+    """
     return {"DS_ACCELERATOR": "cpu"} | ({} if setup.kind == "DEEPSPEED" else {"ACCELERATE_USE_CPU": "true"})
 
 

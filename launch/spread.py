@@ -1,5 +1,6 @@
 """Whether a run may go on with its batch spread over other processes: only where the result stays the same."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +13,11 @@ PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's types whose checkpoints
 def describe_spread(training: Training) -> dict[str, Any]:
     """Return how this launch spreads its batch: what the manifest keeps of it."""
     args = training.args
+    # Until the trainer stands, accelerate calls FSDP what it is built on; `check_processes` sees that it became one.
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     return {
         "world_size": args.world_size,
-        "distributed_type": str(training.state.distributed_type.value),
+        "distributed_type": "FSDP" if sharded else str(training.state.distributed_type.value),
         "effective_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "split": [args.per_device_train_batch_size, args.gradient_accumulation_steps],
     }

@@ -9,9 +9,11 @@ so `model: runs/x` is what evaluation and vLLM take. Checkpoints (`checkpoint-*`
 from the last whole one. With LoRA, `output_dir` holds the merged model and `adapter/` the adapter.
 """
 
+import os
 import sys
 from pathlib import Path
 
+from ..core.child_process import end_with_parent
 from ..core.errors import RecipeError
 from ..core.recipe import Section, read_recipe
 from .console import guarded, quieten
@@ -54,6 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     flags = {name: name in words for name in ("--overwrite", "--dry_run", "--check")}
     words = [word for word in words if word not in flags]
+
+    if "LOCAL_RANK" in os.environ:
+        end_with_parent()  # a launcher that is killed cannot end its processes, and other machines would wait for it
 
     def work() -> None:
         if not words or words[0].startswith("-"):

@@ -1,13 +1,15 @@
 """A training recipe: the method, the data, the model and the method's own keys, checked before a model is loaded."""
 
 import dataclasses
+import difflib
 import importlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import RecipeError
-from ..core.recipe import Section, build, packaged_file
+from ..core.recipe import Section, build, defaults_of, packaged_file
 from ..core.run_folder import RunFolder
 from ..core.trajectory import DataConfig, load_trajectories
 from .console import print_error
@@ -65,6 +67,7 @@ class Training:
     trainer: type
     config: dict[str, Any]  # resolved: what config.yaml holds
     given: list[str]  # keys that the recipe sets, and those we set for this machine
+    defaults: dict[str, Any]  # of the keys of `config`
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -102,7 +105,7 @@ def parse(section: Section) -> Training:
     config_class = getattr(importlib.import_module(module), config_class)
     section = _with_defaults(section)
     stage, data, model, args = build(section, TrainStage, DataConfig, ModelConfig, config_class)
-    _refuse(section, model)
+    _refuse(section, model, args)
     config: dict[str, Any] = {}
     for part in (stage, data, model, args):
         names = [f.name for f in dataclasses.fields(part) if f.init and f.name not in NO_IDENTITY]
@@ -111,8 +114,9 @@ def parse(section: Section) -> Training:
         if named := getattr(args, key, None):
             setattr(args, key, packaged_file(named))
     return Training(
-        stage, data, model, args, getattr(importlib.import_module(module), trainer), config, list(section.values)
-    )
+        stage, data, model, args, getattr(importlib.import_module(module), trainer), config, list(section.values),
+        defaults_of(TrainStage, DataConfig, ModelConfig, config_class),
+    )  # fmt: skip
 
 
 def _with_defaults(section: Section) -> Section:
@@ -129,7 +133,7 @@ def _with_defaults(section: Section) -> Section:
     return Section(defaults | section.values, section.lines, section.where)
 
 
-def _refuse(section: Section, model: "ModelConfig") -> None:
+def _refuse(section: Section, model: "ModelConfig", args: "SFTConfig") -> None:
     given = {key for key, value in section.values.items() if value not in (None, "no", False)}
     errors = [f"{section.place(key)}: `{key}`: {mend}." for key, mend in REFUSED.items() if key in given]
     if not model.model_name_or_path:
@@ -139,8 +143,26 @@ def _refuse(section: Section, model: "ModelConfig") -> None:
         of_lora = key.startswith("lora_") or key in ("use_dora", "use_rslora")
         if of_lora and not model.use_peft and getattr(model, key) != getattr(plain_model, key):
             errors.append(f"{section.place(key)}: `{key}` does nothing without `use_peft: true`.")
+    errors += [f"{section.place('report_to')}: `report_to`: {error}" for error in _tracker_errors(args.report_to)]
     if errors:
         raise RecipeError("\n".join(errors))
+
+
+def _tracker_errors(names: Any) -> Iterator[str]:
+    """Say which trackers transformers would refuse, which it does after the model was loaded."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    here = {*get_available_reporting_integrations(), "flyte"}  # which transformers does not look for
+    for name in names or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            near = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            yield f"{name!r} is none of {', '.join(INTEGRATION_TO_CALLBACK)}{hint}"
+        elif name not in here:
+            yield f"the package of {name} is not installed. `pip install {name}`, or `report_to: none`."
 
 
 def check_processes(training: Training, kind: str | None = None) -> None:
@@ -155,6 +177,7 @@ def check_processes(training: Training, kind: str | None = None) -> None:
     """
     env = os.environ
     got = training.args.world_size
+    built = kind is not None
     kind = kind or str(training.state.distributed_type.value)
     asked = max(int(env.get("WORLD_SIZE", 1)), int(env.get(PROCESSES, 1)))
     if asked != got:
@@ -170,7 +193,8 @@ def check_processes(training: Training, kind: str | None = None) -> None:
             "ACCELERATE_USE_CPU=true. (For one process, unset MASTER_ADDR.)"
         )
     for name in ("FSDP", "DEEPSPEED"):
-        if env.get(f"ACCELERATE_USE_{name}") == "true" and kind in ("NO", "MULTI_CPU"):
+        is_other = kind != name if built else kind in ("NO", "MULTI_CPU")
+        if env.get(f"ACCELERATE_USE_{name}") == "true" and is_other:
             raise RecipeError(
                 f"{name} was asked for, and accelerate made {'DDP' if got > 1 else 'one plain process'} of it, as it "
                 "does on a CPU. Use `--accelerate_config ddp`, or a machine with GPUs."
@@ -243,7 +267,9 @@ def check(training: Training, overwrite: bool = False) -> None:
     load_further_tables(training)
     check_the_model(training)
     if not overwrite:
-        RunFolder.check(str(training.args.output_dir), "train", training.config, inputs=training.inputs)
+        RunFolder.check(
+            str(training.args.output_dir), "train", training.config, inputs=training.inputs, defaults=training.defaults
+        )
 
 
 def check_the_model(training: Training) -> "PreTrainedTokenizerBase":

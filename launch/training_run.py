@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,15 @@ from ..core.fast_forward import keep_freed_memory
 from ..core.progress import progress
 from ..core.run_folder import JsonlLog, RunFolder, write_atomic
 from ..core.trajectory import content_hash
-from ..trainers.checkpoints import MarkComplete, call_the_cpu_by_its_name, last_complete_checkpoint
+from ..trainers.checkpoints import (
+    MarkComplete,
+    call_the_cpu_by_its_name,
+    checkpoint_folder,
+    last_complete_checkpoint,
+)
 from .console import print_table
 from .full_disk import says_when_the_disk_is_full
+from .model_card import write_card
 from .spread import check_spread, describe_spread
 from .training_recipe import (
     Training,
@@ -93,6 +100,25 @@ class Checkpoints(TrainerCallback):
             rotate_checkpoints(str(args.output_dir), self.limit, state.best_model_checkpoint)
 
 
+class Cards(TrainerCallback):
+    """Writes our model card wherever the trainer would write its own, and into each checkpoint."""
+
+    def __init__(self, trainer: Any, training: Training, manifest: dict[str, Any]):
+        self.write = partial(write_card, training=training, manifest=manifest)
+        folder = Path(trainer.args.output_dir)
+        trainer.create_model_card = lambda **_: self.write(folder, facts=self.facts(trainer.state))
+
+    @staticmethod
+    def facts(state: Any) -> dict[str, Any]:
+        """Return what is known of a training in its middle."""
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        return {"steps": f"{state.global_step:,} of {state.max_steps:,}", "loss": losses[-1] if losses else None}
+
+    def on_save(self, args, state, control, **kwargs):
+        """Write the card of the checkpoint that was just written."""
+        self.write(checkpoint_folder(args, state), facts=self.facts(state))
+
+
 def run_training(training: Training, overwrite: bool = False) -> Path:
     """Train, or go on, or report a run that is finished. Every process calls it.
 
@@ -133,6 +159,8 @@ def _train(training: Training, table: Any, folder: Path, run: RunFolder | None, 
         call_the_cpu_by_its_name(training.args)
     metrics = LogMetrics(folder)
     trainer = _make_trainer(training, table, [metrics] if run else [])
+    if run:
+        trainer.add_callback(Cards(trainer, training, run.manifest))
     check_processes(training, str(trainer.accelerator.distributed_type.value))
     with says_when_the_disk_is_full(folder):
         try:
@@ -142,6 +170,7 @@ def _train(training: Training, table: Any, folder: Path, run: RunFolder | None, 
         _save_model(trainer, training, folder)
     if run:
         summary = _summary(trainer, result.metrics, len(table))
+        write_card(folder, training, run.manifest, summary)
         run.finish(summary)
         print_table(f"train: {folder}", summary)
     if training.args.world_size > 1:
@@ -182,8 +211,9 @@ def _open(training: Training, template: Any, rows: int, overwrite: bool) -> RunF
         "rows": rows,
     }
     run = RunFolder.open(
-        str(args.output_dir), "train", training.config, inputs=training.inputs, overwrite=overwrite, extra=facts
-    )
+        str(args.output_dir), "train", training.config, inputs=training.inputs, overwrite=overwrite, extra=facts,
+        defaults=training.defaults,
+    )  # fmt: skip
     try:
         check_spread(training, {name: run.manifest.get(name) for name in spread})
     except RunFolderError:

@@ -175,6 +175,17 @@ def test_another_config_other_data_and_another_world_are_refused(tmp_path, tiny_
     assert json.loads((folder / "manifest.json").read_text())["rows"] == 20
 
 
+def test_a_run_goes_on_under_a_version_that_has_more_keys(tmp_path, tiny_folder):
+    recipe = training_recipe(tmp_path, tiny_folder)
+    folder = train(recipe)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    older = {key: value for key, value in config.items() if key not in ("glow_form", "neftune_noise_alpha")}
+    (folder / "config.yaml").write_text(yaml.safe_dump(older))
+    with pytest.raises(RunFolderError, match="`glow_form` was 'scaled', is 'one_plus'"):
+        train(recipe, "--glow_form", "one_plus")
+    assert train(recipe) == folder
+
+
 def test_a_run_is_spread_otherwise_only_where_the_result_is_the_same(tmp_path, tiny_folder):
     from afterglow.launch.spread import check_spread, describe_spread
 
