@@ -8,7 +8,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Without bytecode files (containers often say so) every stage would compile torch, transformers and vLLM anew: 10 s each.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install test test-slow test-gpu lint types wheel demo demo-controls demo-tools demo-forget real real-tofu bench docs lint-docker lock clean
+.PHONY: help install test test-slow test-gpu lint types wheel demo demo-controls demo-tools demo-forget real real-tofu smoke bench docs lint-docker lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
