@@ -67,6 +67,9 @@ real: install ## grade -> RSR -> branching -> GLOW -> pass@k on real GSM8K traje
 real-tofu: install ## learn, forget by NPO and evaluate on TOFU's own files; needs AFTERGLOW_DATA
 	$(BIN)/afterglow run real_tofu/pipeline.yaml
 
+smoke: install ## every training recipe under ddp, fsdp2, zero2 and zero3, two CPU processes each; writes runs/smoke/table.md
+	$(BIN)/python tests/smoke_table.py runs/smoke
+
 bench: install ## speed and memory against the plain way, as ratios; writes runs/bench/*.json
 	$(BIN)/python benchmarks/token_stats.py
 	$(BIN)/python benchmarks/glow_step.py
