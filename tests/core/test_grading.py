@@ -352,12 +352,12 @@ def test_a_worker_that_is_killed_is_replaced(grader):
 
 
 def test_a_worker_that_dies_twice_under_an_answer_gives_up(monkeypatch):
-    from afterglow.core import grading
+    from afterglow.core import grading_pool
 
     def die(*_):
-        raise grading._WorkerDiedError
+        raise grading_pool._WorkerDiedError
 
-    monkeypatch.setattr(grading._Worker, "ask", die)
+    monkeypatch.setattr(grading_pool._Worker, "ask", die)
     with Grader(workers=1) as grader:
         assert grader.grade(r"\boxed{\sqrt{8}}", r"2\sqrt{2}").reason == "worker died"
 
