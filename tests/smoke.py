@@ -81,13 +81,9 @@ class Smoke:
 
     def run(self, name: str) -> Path:
         """Run a recipe and return its run folder, having checked what it wrote."""
-        recipe = plain(read_recipe(name))
-        verb = verb_of(Section(recipe))
         folder = self.folder / name.replace("/", "-").removesuffix(".yaml")
-        folder.mkdir(parents=True)
-        model = str(self.model_of(name))
-        keys = getattr(self, f"_{verb}")(recipe, folder, model) | {"output_dir": str(folder / "run")}
-        section = overridden(name, keys)
+        section = self.section(name, folder)
+        verb = verb_of(section)
         if verb == "train":
             from afterglow.launch.train import run
         elif verb == "filter":
@@ -111,8 +107,18 @@ class Smoke:
         family = family_of(name, find_recipe(name).read_text())
         return save_family(self.folder / "models" / family, family)
 
+    def section(self, name: str, folder: Path, changes: dict[str, Any] | None = None) -> Section:
+        """Write what a recipe reads below a folder, and return the recipe over it."""
+        return overridden(name, self.keys(name, folder) | {"output_dir": str(folder / "run")} | (changes or {}))
+
+    def keys(self, name: str, folder: Path) -> dict[str, Any]:
+        """Write what a recipe reads below a folder, and return the keys that make it small."""
+        recipe = plain(read_recipe(name))
+        folder.mkdir(parents=True, exist_ok=True)
+        return getattr(self, f"_{verb_of(Section(recipe))}")(recipe, folder, str(self.model_of(name)))
+
     def _train(self, recipe: dict[str, Any], folder: Path, model: str) -> dict[str, Any]:
-        rlvr = recipe["method"] == "tool_rlvr"
+        rlvr = recipe["method"].endswith("tool_rlvr")
         with_tools = rlvr or recipe.get("assistant_only_loss", False)
         rows = trajectories(("tool", "text") if with_tools else ("text",), samples=2)
         if rlvr:
