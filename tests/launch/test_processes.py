@@ -116,13 +116,21 @@ def test_one_gpu_is_the_first_of_those_that_are_visible(monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
+IN_A_CHILD = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+BY_ITSELF = "from afterglow.core.child_process import end_with_parent; end_with_parent(); " + IN_A_CHILD
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a child of its parent's death")
-def test_a_child_ends_with_its_parent(tmp_path):
-    child = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
-    parent = (
-        f"from afterglow.launch.processes import run_child; run_child([{sys.executable!r}, '-c', {child!r}, 'pid'])"
-    )
-    process = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path)
+@pytest.mark.parametrize(
+    "start",
+    [
+        f"from afterglow.launch.processes import run_child; run_child({[sys.executable, '-c', IN_A_CHILD, 'pid']})",
+        f"import subprocess; subprocess.run({[sys.executable, '-c', BY_ITSELF, 'pid']})",
+    ],
+    ids=["started by us", "as a rank of a foreign launcher"],
+)
+def test_a_child_ends_with_its_parent(tmp_path, start):
+    process = subprocess.Popen([sys.executable, "-c", start], cwd=tmp_path)
     written = tmp_path / "pid"
     while not written.exists() or not written.read_text():
         time.sleep(0.01)
