@@ -8,7 +8,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Without bytecode files (containers often say so) every stage would compile torch, transformers and vLLM anew: 10 s each.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install test test-slow test-gpu lint types wheel demo demo-controls demo-tools demo-forget real real-tofu smoke bench docs lint-docker lock clean
+.PHONY: help install test test-slow test-gpu lint types wheel demo demo-tools demo-forget real real-tofu evidence evidence-glow evidence-negatives evidence-branching evidence-selection smoke bench docs lint-docker lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,9 +52,6 @@ wheel: install ## build the wheel and import every module from it
 demo: install ## filter -> GLOW -> vLLM evaluation of a model made on the spot; ends in runs/demo/summary.json
 	$(BIN)/afterglow run demo/pipeline.yaml
 
-demo-controls: install ## the demo's GLOW against plain SFT, positives only and constant 0.5, three seeds each
-	$(BIN)/afterglow run demo/controls.yaml
-
 demo-tools: install ## world -> SFT with tools -> RLVR with a Python tool, both modes; ends in runs/demo-tools/summary.json
 	$(BIN)/afterglow run demo_tools/pipeline.yaml
 
@@ -66,6 +63,24 @@ real: install ## grade -> RSR -> branching -> GLOW -> pass@k on real GSM8K traje
 
 real-tofu: install ## learn, forget by NPO and evaluate on TOFU's own files; needs AFTERGLOW_DATA
 	$(BIN)/afterglow run real_tofu/pipeline.yaml
+
+evidence: evidence-glow evidence-negatives evidence-branching evidence-selection ## every study: claims against their controls; ends in docs/evidence
+
+evidence-glow: install ## GLOW against plain SFT, right chains only and half the learning rate
+	$(BIN)/afterglow run evidence/glow.yaml
+	$(BIN)/python -m afterglow.evidence glow
+
+evidence-negatives: install ## wrong chains against right ones, at equal tokens
+	$(BIN)/afterglow run evidence/negatives.yaml
+	$(BIN)/python -m afterglow.evidence negatives
+
+evidence-branching: install ## branch filter against length and chance, at one keep ratio
+	$(BIN)/afterglow run evidence/branching.yaml
+	$(BIN)/python -m afterglow.evidence branching
+
+evidence-selection: install ## one chain per problem, by RSR and by chance
+	$(BIN)/afterglow run evidence/selection.yaml
+	$(BIN)/python -m afterglow.evidence selection
 
 smoke: install ## every training recipe under ddp, fsdp2, zero2 and zero3, two CPU processes each; writes runs/smoke/table.md
 	$(BIN)/python tests/smoke_table.py runs/smoke

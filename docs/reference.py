@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("core", "data_filters", "trainers", "eval", "launch")
+FOLDERS = ("core", "data_filters", "trainers", "eval", "launch", "evidence")
 SECTION = re.compile(r"^(Args|Returns|Raises|Yields|Attributes):\s*$")
 ITEM = re.compile(r"^ {4}(\S[^:]*): (.*)$")
 
@@ -100,7 +100,7 @@ def pages() -> dict[str, str]:
     found = {}
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).glob("*.py")):
-            if path.name != "__init__.py":
+            if not path.name.startswith("_"):
                 found[f"reference/{folder}/{path.stem}.md"] = module_page(path)
     return found
 

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "trainers": {"core", "trainers"},
     "eval": {"core", "eval"},
     "launch": {"core", "data_filters", "trainers", "eval", "launch"},
+    "evidence": {"core", "eval", "launch", "evidence"},
     "recipes": {"core", "recipes"},
 }
 FILES = [(top, path) for top in MAY_IMPORT for path in sorted((ROOT / top).rglob("*.py"))]
