@@ -9,11 +9,13 @@ import hashlib
 import json
 import os
 import tempfile
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, Features, Json, List, Value
 from datasets.exceptions import DatasetGenerationError
 
@@ -213,6 +215,9 @@ class _Reader:
     def __init__(self, config: DataConfig, require: tuple[str, ...]):
         self.config, self.require = config, require
         self.faults: list[str] = []
+        # Ids are compared by 8-byte digests; a dict of a million ids and places would hold 250 MB.
+        self._digests = array("Q")
+        self._repeated: set[int] = set()
         self.joined = self._load_problems() if config.problems else None
 
     def _load_problems(self) -> dict[str, dict]:
@@ -229,7 +234,7 @@ class _Reader:
 
     def __iter__(self) -> Iterator[dict]:
         config, seen, samples = self.config, {}, {}
-        self.faults = []
+        self.faults, self._digests = [], array("Q")
         for count, (where, row) in enumerate(source_rows(config.data, config.split, config.subset)):
             if config.max_rows is not None and count >= config.max_rows:
                 return
@@ -245,10 +250,12 @@ class _Reader:
                 self.faults.append(f"{where}: {fault}.")
                 continue
             if row["sample_index"] is None:
-                key = (row["problem_id"], row["source"])
-                row["sample_index"] = samples[key] = samples.get(key, -1) + 1
+                of_source = samples.setdefault(row["source"], {})
+                row["sample_index"] = of_source[row["problem_id"]] = of_source.get(row["problem_id"], -1) + 1
             own_id = row.get("id") is not None
             row["id"] = str(row["id"]) if own_id else trajectory_id(row)
+            digest = _digest(row["id"])
+            self._digests.append(digest)
             if row["id"] in seen:
                 self.faults.append(
                     f"{where}: id {row['id']!r} stands at {seen[row['id']]} already; ids must be unique "
@@ -258,8 +265,33 @@ class _Reader:
                     "tells them apart: `columns: {source: <your column>}`, or `sample_index`."
                 )
                 continue
-            seen[row["id"]] = where
+            if digest in self._repeated:
+                seen[row["id"]] = where
             yield row
+
+    def ids_repeat(self) -> bool:
+        """Whether the walk that ended met an id twice; the next walks then find the places and leave the copies out."""
+        digests, counts = np.unique(np.frombuffer(self._digests, dtype=np.uint64), return_counts=True)
+        self._repeated = set(digests[counts > 1].tolist())
+        return bool(self._repeated)
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _look_through(reader: _Reader) -> tuple[int, dict[str, set[str]]]:
+    """Return the number of sound rows, and the kinds of values in each column beyond the record's own."""
+    kinds: dict[str, set[str]] = {}
+    count = 0
+    for row in reader:
+        count += 1
+        for name, value in row.items():
+            if name not in FEATURES:
+                seen = kinds.setdefault(name, set())
+                if value is not None:
+                    seen.add(_kind(value))
+    return count, kinds
 
 
 def _kind(value: Any) -> str:
@@ -303,25 +335,20 @@ def load_trajectories(
         DataError: file, row and mend of up to 20 faults.
     """
     reader = _Reader(config, require)
-    kinds: dict[str, set[str]] = {}
-    count = 0
-    for row in reader:
-        count += 1
-        for name, value in row.items():
-            if name not in FEATURES:
-                seen = kinds.setdefault(name, set())
-                if value is not None:
-                    seen.add(_kind(value))
-    if reader.faults and not config.drop_invalid:
+    count, kinds = _look_through(reader)
+    if reader.ids_repeat():
+        count, kinds = _look_through(reader)
+    if reader.faults and not (config.drop_invalid and count):
         shown = "\n  ".join(reader.faults[:MAX_ERRORS_SHOWN])
         more = len(reader.faults) - MAX_ERRORS_SHOWN
         raise DataError(
-            f"{len(reader.faults)} invalid row(s):\n  {shown}" + (f"\n  ... and {more} more" if more > 0 else "")
+            f"{len(reader.faults)} invalid row(s){'' if count else ' and no sound one'}:\n  {shown}"
+            + (f"\n  ... and {more} more" if more > 0 else "")
         )
-    for fault in reader.faults:
-        on_invalid(fault)
     if not count:
         raise DataError(f"{config.data}: no usable row. Check the file and `max_rows`.")
+    for fault in reader.faults:
+        on_invalid(fault)
     return table_of(reader, Features(FEATURES | _extra_features(kinds)))
 
 

@@ -196,3 +196,18 @@ def test_a_source_on_the_hub_names_its_own_subset_and_split(monkeypatch):
     one, two, three = asked[:3]
     assert one == ("owner/one", "s", "test")
     assert two == ("owner/two", "forget10", "test") and three == ("owner/three", "raw", "retain1")
+
+
+def test_a_file_of_nothing_but_invalid_rows_says_what_is_wrong(tmp_path):
+    path = write(tmp_path / "a.jsonl", [ROW | {"completion": " "}, ROW | {"finish_reason": "tired"}])
+    with pytest.raises(DataError, match=r"2 invalid row\(s\) and no sound one") as error:
+        load_trajectories(DataConfig(data=path, drop_invalid=True))
+    assert "a.jsonl:1: empty completion" in str(error.value) and "a.jsonl:2: finish_reason" in str(error.value)
+
+
+def test_of_rows_with_one_id_the_first_stays(tmp_path):
+    rows = [ROW | {"id": name, "prompt": text} for name, text in zip("abacb", "12345", strict=True)]
+    path, faults = write(tmp_path / "a.jsonl", rows), []
+    table = load_trajectories(DataConfig(data=[path, path], drop_invalid=True), on_invalid=faults.append)
+    assert [(row["id"], row["prompt"][0]["content"]) for row in table] == [("a", "1"), ("b", "2"), ("c", "4")]
+    assert [fault.split(": id")[0].removeprefix(path) for fault in faults] == [":3", ":5", ":1", ":2", ":3", ":4", ":5"]
