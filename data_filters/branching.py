@@ -28,6 +28,7 @@ from typing import Literal
 from datasets import Dataset
 
 from ..core.errors import DataError
+from .columns import values_of
 from .reasoning_steps import Segmentation, reasoning_text, split_steps, word_count
 from .result import FilterResult, ShowProgress, bar_of
 from .selection import histogram, jaccard, lowest, mean, source_name
@@ -239,7 +240,7 @@ def apply(
                 scores.setdefault(name, []).extend(values)
             lengths.extend(map(word_count, batch))
             bar.advance(len(batch))
-    ids, problems, sources = list(table["id"]), list(table["problem_id"]), list(table["source"])
+    ids, problems, sources = (values_of(table, name) for name in ("id", "problem_id", "source"))
     if config.reference is not None:
         scores["step_excess"] = step_excess(scores["n_steps"], problems, sources, config.reference)
     ranked = scores[SCORE_OF[config.proxy]]

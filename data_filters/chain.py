@@ -52,9 +52,9 @@ from . import (
     step_deletion,
     tool_suitability,
 )
+from .columns import source_names
 from .flow import Flow, store
 from .result import FilterResult
-from .selection import source_name
 
 
 class Step(NamedTuple):
@@ -289,7 +289,7 @@ def _show_plan(identity: dict[str, Any], table: Dataset, invalid: list[str]) -> 
 
     console = Console()
     console.print(Panel(escape(yaml.safe_dump(identity, sort_keys=False, allow_unicode=True).rstrip()), title="recipe"))
-    sources = Counter(map(source_name, table["source"]))
+    sources = Counter(source_names(table))
     console.print(f"{len(table):,} rows: " + ", ".join(f"{n:,} {escape(s)}" for s, n in sources.most_common()))
     for fault in invalid:
         console.print(f"left out: {escape(fault)}", soft_wrap=True)

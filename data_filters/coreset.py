@@ -31,8 +31,9 @@ from datasets import Dataset
 
 from ..core.errors import DataError
 from .checkpoint_losses import find_checkpoints, losses_at_checkpoints, read_losses
+from .columns import source_names, values_of
 from .result import FilterResult, ShowProgress
-from .selection import histogram, kept_count, mean, source_name
+from .selection import histogram, kept_count, mean
 
 MIN_CHECKPOINTS = 5  # four differences: the null's deviation is 0.58, and below that any order looks like one
 NULL_PERMUTATIONS = 200
@@ -168,7 +169,7 @@ def apply(
     """
     check(table, config)
     if config.losses is not None:
-        own, reference = _from_files(config, list(table["id"]))
+        own, reference = _from_files(config, values_of(table, "id"))
     else:
         own, reference = losses_at_checkpoints(
             table, str(config.checkpoints), config.validation, by=config.by, dtype=config.dtype,
@@ -210,7 +211,7 @@ def _choose(
     config: CoresetConfig,
     seed: int,
 ) -> FilterResult:
-    ids, sources = list(table["id"]), [source_name(source) for source in table["source"]]
+    ids, sources = values_of(table, "id"), source_names(table)
     cld: list[float | None] = [None] * len(ids)
     rank: list[int | None] = [None] * len(ids)
     dropped = {int(row): NO_LOSSES for row in np.flatnonzero(~usable)}

@@ -31,8 +31,9 @@ from ..core.errors import DataError, RecipeError
 from ..core.recipe import plain, read_recipe
 from ..core.row_sources import source_rows
 from ..core.trajectory import prompt_text
+from .columns import source_names
 from .result import FilterResult, ShowProgress, bar_of
-from .selection import count_by, histogram, source_name
+from .selection import count_by, histogram
 from .text_match import char_ngrams, normalise, without_numbers, word_ngrams
 
 PROMPT_COLUMNS = ("prompt", "problem", "question")
@@ -251,10 +252,9 @@ def apply(
 
 def _report(table: Dataset, index: BenchmarkIndex, matches: Sequence[Match | None]) -> dict:
     found = [match for match in matches if match]
-    sources = [source_name(source) for source in table["source"]]
     return {
         "items": count_by(benchmark for benchmark, _ in index.items),
         "items_found": count_by(benchmark for benchmark, _ in {(match.benchmark, match.item) for match in found}),
         "checks": count_by(match.check for match in found),
-        "share_of_the_item": histogram([match.share if match else None for match in matches], sources),
+        "share_of_the_item": histogram([match.share if match else None for match in matches], source_names(table)),
     }

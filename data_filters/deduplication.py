@@ -26,8 +26,9 @@ import numpy as np
 from datasets import Dataset
 
 from ..core.trajectory import prompt_text
+from .columns import source_names, values_of
 from .result import FilterResult, ShowProgress, bar_of
-from .selection import histogram, seeded_order, source_name
+from .selection import histogram, seeded_order
 from .text_match import assistant_text, normalise, word_ngrams
 
 READ_ROWS = 512
@@ -159,7 +160,7 @@ def apply(
                 salt = int.from_bytes(_digest(scope, size=8), "little")
                 hashes[row] = bands.of(shingle_hashes(text, config.ngram_words), salt)
             bar.advance(1)
-    ids = list(table["id"])
+    ids = values_of(table, "id")
     exact = _exact(digests, ids, seed)
     near, compared = _near(columns, hashes, exact, ids, config, seed) if bands else ({}, 0)
     twins = {row: near.get(first, (first, 1.0)) for row, first in exact.items()} | near
@@ -174,7 +175,7 @@ def apply(
     report = {
         "exact": len(exact), "near": len(near), "pairs_compared": compared,
         "bands": bands and {"count": bands.count, "rows": bands.rows},
-        "similarity": histogram(scores["similarity"], [source_name(source) for source in table["source"]]),
+        "similarity": histogram(scores["similarity"], source_names(table)),
     }  # fmt: skip
     return FilterResult(scores, dropped, report)
 

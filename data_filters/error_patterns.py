@@ -21,9 +21,10 @@ import pyarrow as pa
 from datasets import Dataset
 
 from ..core.trajectory import completion_text
+from .columns import source_names, values_of
 from .reasoning_steps import reasoning_text, split_steps
 from .result import FilterResult, ShowProgress, bar_of
-from .selection import mean, source_name
+from .selection import mean
 
 OUR_TAXONOMY = {
     "gives_up": [
@@ -125,7 +126,7 @@ def apply(
                 repeated.append(share)
             bar.advance(len(batch))
     dropped = {row: f"shows the pattern {tag}" for row, found in enumerate(tags) if (tag := _first(found, config.drop))}
-    labels, sources = list(table["correct"]), [source_name(source) for source in table["source"]]
+    labels, sources = values_of(table, "correct"), source_names(table)
     scores = {"patterns": pa.array(tags, pa.list_(pa.string())), "repeated_steps": repeated}
     return FilterResult(scores, dropped, _report(tags, labels, sources, config))
 

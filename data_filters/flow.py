@@ -20,17 +20,12 @@ from ..core.errors import DataError
 from ..core.recipe import plain
 from ..core.run_folder import write_atomic
 from ..core.trajectory import content_hash
+from .columns import arrow_column
 from .result import FilterResult
 from .selection import count_by, source_name
 
 DROPPED_BY, REASON = "dropped_by", "reason"
 READ_ROWS = 10_000
-
-
-def arrow_column(table: Dataset, name: str) -> pa.ChunkedArray:
-    """Return one column of the rows that a table selects, without a Python object for each."""
-    whole: Any = table.select_columns([name]).with_format("arrow")[:]
-    return whole.column(name)
 
 
 def store(result: FilterResult, rows: Dataset, seconds: float, step_folder: Path) -> None:

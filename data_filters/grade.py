@@ -22,8 +22,9 @@ from ..core.errors import DataError
 from ..core.grading import Grade, Grader
 from ..core.run_folder import JsonlLog, write_atomic
 from ..core.trajectory import MAX_ERRORS_SHOWN, final_text
+from .columns import source_names, values_of
 from .result import FilterResult, ShowProgress, bar_of
-from .selection import count_by, source_name
+from .selection import count_by
 
 FILLS = ("correct", "correct_in_file", "grade_reason", "extracted_answer")
 READ_ROWS = 512
@@ -66,7 +67,7 @@ def check(table: Dataset, config: GradeConfig, filled: Iterable[str] = ()) -> No
         DataError: names up to 20 rows and what is wrong with their `answer`.
     """
     rows: dict[str | None, list[str]] = {}
-    for row_id, gold in zip(table["id"], table["answer"], strict=True):
+    for row_id, gold in zip(values_of(table, "id"), values_of(table, "answer"), strict=True):
         rows.setdefault(gold, []).append(row_id)
     with config.grader() as grader:
         faults = [(gold, fault) for gold in rows if (fault := grader.check_gold(gold))]
@@ -107,9 +108,10 @@ def apply(
 
             grader.grade_many([(final_text(row["completion"]), row["answer"]) for row in todo], keep)
     log.close()
-    correct, reasons, extracted = (list(column) for column in zip(*(done[i] for i in table["id"]), strict=True))
+    grades = (done[row_id] for row_id in values_of(table, "id"))
+    correct, reasons, extracted = (list(column) for column in zip(*grades, strict=True))
     scores = {"correct": correct, "grade_reason": reasons, "extracted_answer": extracted}
-    labels = list(table["correct_in_file" if "correct_in_file" in table.column_names else "correct"])
+    labels = values_of(table, "correct_in_file" if "correct_in_file" in table.column_names else "correct")
     if any(label is not None for label in labels):
         scores["correct_in_file"] = labels
     dropped = {row: f"not gradable: {reasons[row]}" for row, label in enumerate(correct) if label is None}
@@ -127,8 +129,8 @@ def _batches(table: Dataset) -> Iterator[list[dict]]:
 
 def _report(table: Dataset, scores: dict[str, list]) -> dict:
     by_source: dict[str, list[bool | None]] = {}
-    for source, label in zip(table["source"], scores["correct"], strict=True):
-        by_source.setdefault(source_name(source), []).append(label)
+    for source, label in zip(source_names(table), scores["correct"], strict=True):
+        by_source.setdefault(source, []).append(label)
     return {
         "verdicts": _verdicts(scores["correct"]),
         "reasons": count_by(scores["grade_reason"]),

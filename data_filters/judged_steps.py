@@ -24,10 +24,11 @@ from datasets import Dataset
 
 from ..core.run_folder import write_atomic
 from .branching import BACKTRACK_KEYWORDS, BRANCH_KEYWORDS, VERIFY_KEYWORDS, keyword_matcher
+from .columns import source_names, values_of
 from .judge import Judge, Outcome, default_folder
 from .reasoning_steps import Segmentation, reasoning_text, split_steps
 from .result import FilterResult, ShowProgress
-from .selection import mean, seeded_order, source_name
+from .selection import mean, seeded_order
 
 LABELS = ("propose", "deduce", "verify", "backtrack", "conclude")
 KEYWORD_CLASSES = {"propose": "branch_keywords", "backtrack": "backtrack_keywords", "verify": "verify_keywords"}
@@ -147,7 +148,7 @@ def apply(
     Raises:
         GenerationError: the judge cannot be reached, refuses, or answers nothing.
     """
-    ids = list(table["id"])
+    ids = values_of(table, "id")
     sample = sorted(seeded_order(range(len(table)), ids, seed, "judge_steps")[: config.rows])
     chosen = table.select(sample)
     steps = {
@@ -177,7 +178,7 @@ def apply(
     ratios: list[float | None] = [None] * len(table)
     for row, own in labels.items():
         ratios[row] = mean(float(label == "propose") for label in own if label is not None)
-    sources = {row: source_name(source) for row, source in zip(sample, chosen["source"], strict=True)}
+    sources = dict(zip(sample, source_names(chosen), strict=True))
     outcomes: Counter[Outcome] = Counter(verdict.outcome for verdict in verdicts)
     return FilterResult({"judged_propose_ratio": ratios}, {}, _report(steps, labels, sources, outcomes, config))
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from .columns import source_names, values_of
 from .reasoning_steps import word_count
 from .result import FilterResult, ShowProgress, bar_of
-from .selection import histogram, lowest, mean, source_name
+from .selection import histogram, lowest, mean
 
 READ_ROWS = 512
 
@@ -49,11 +50,10 @@ def apply(
         elif config.max_words is not None and count > config.max_words:
             dropped[row] = f"more than {config.max_words} words"
     rest = [None if row in dropped else count for row, count in enumerate(words)]
-    short = lowest(rest, list(table["id"]), config.keep_ratio)
+    short = lowest(rest, values_of(table, "id"), config.keep_ratio)
     for row, count in enumerate(rest):
         if count is not None and row not in short:
             dropped[row] = f"among the longest {100 * (1 - config.keep_ratio):.3g}%"
-    sources = [source_name(source) for source in table["source"]]
     return FilterResult(
-        {"n_words": words}, dropped, {"mean_words": mean(words), "histogram": histogram(words, sources)}
+        {"n_words": words}, dropped, {"mean_words": mean(words), "histogram": histogram(words, source_names(table))}
     )

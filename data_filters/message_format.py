@@ -13,9 +13,10 @@ from datasets import Dataset
 
 from ..core.answer_extraction import after_think, last_boxed
 from ..core.trajectory import final_text
+from .columns import source_names
 from .reasoning_steps import reasoning_text
 from .result import FilterResult, ShowProgress, bar_of
-from .selection import histogram, mean, source_name
+from .selection import histogram, mean
 from .text_match import assistant_text
 
 READ_ROWS = 512
@@ -117,6 +118,5 @@ def apply(
             bar.advance(len(batch["completion"]))
     if not repeated:
         return FilterResult({}, dropped, {})
-    sources = [source_name(source) for source in table["source"]]
-    report = {"mean_repetition": mean(repeated), "histogram": histogram(repeated, sources)}
+    report = {"mean_repetition": mean(repeated), "histogram": histogram(repeated, source_names(table))}
     return FilterResult({"repetition": repeated}, dropped, report)

@@ -26,8 +26,9 @@ from datasets import Dataset
 
 from ..core.errors import DataError
 from ..core.tool_protocol import TOOLS
+from .columns import source_names, values_of
 from .result import FilterResult, ShowProgress, bar_of, json_column
-from .selection import count_by, seeded_order, source_name
+from .selection import count_by, seeded_order
 
 MODE, TOOL, TEXT = "mode", "tool", "text"
 READ_ROWS = 512
@@ -136,13 +137,13 @@ def apply(
             + f" (by `{config.by}`: {', '.join(f'{part} {count:,}' for part, count in have.most_common(10))}). "
             "Give more rows of it, a smaller `total`, or other `proportions`."
         )
-    dropped = _surplus(parts, list(table["id"]), wanted, config.by, seed)
+    dropped = _surplus(parts, values_of(table, "id"), wanted, config.by, seed)
     kwargs = [config.chat_template_kwargs.get(part, {}) for part in parts]
     scores: dict[str, Any] = {"tools": json_column(tools)}
     if config.chat_template_kwargs:
         scores["chat_template_kwargs"] = json_column(kwargs)
     kept = [row for row in range(len(parts)) if row not in dropped]
-    sources = [source_name(source) for source in table["source"]]
+    sources = source_names(table)
     report = {
         "in": dict(sorted(have.items())),
         "kept": {part: wanted[part] for part in sorted(wanted)},

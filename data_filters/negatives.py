@@ -27,9 +27,10 @@ from datasets import Dataset
 from ..core.answer_extraction import after_think
 from ..core.errors import DataError
 from ..core.trajectory import final_text
+from .columns import all_null, source_names, values_of
 from .deduplication import shingles, similarity
 from .result import FilterResult, ShowProgress, bar_of
-from .selection import seeded_order, source_name
+from .selection import seeded_order
 from .text_match import assistant_text, normalise
 
 Kind = Literal["positive", "negative", "unfinished", "not_gradable"]
@@ -94,7 +95,7 @@ def check(table: Dataset, config: NegativesConfig, filled: Iterable[str] = ()) -
     Raises:
         DataError: `correct` is null in every row and no earlier step fills it.
     """
-    if config.mode != "keep_all" and "correct" not in filled and all(label is None for label in table["correct"]):
+    if config.mode != "keep_all" and "correct" not in filled and all_null(table, "correct"):
         raise DataError(
             "`negatives` needs the column `correct`, which is null in every row. Put `- grade` before `- negatives` "
             "in `steps`, or map the file's labels with `columns: {correct: <your column>}`."
@@ -214,13 +215,13 @@ def apply(
             batch = columns[start : start + READ_ROWS]
             kinds.extend(map(kind_of, batch["correct"], batch["finish_reason"], batch["completion"]))
             bar.advance(len(batch["correct"]))
-    problems = list(table["problem_id"])
+    problems = values_of(table, "problem_id")
     completions = table.select_columns(["completion"])
 
     def text_of(row: int) -> str:
         return assistant_text(completions[row]["completion"])
 
-    dropped = select_rows(kinds, list(table["id"]), problems, config, seed, text_of)
+    dropped = select_rows(kinds, values_of(table, "id"), problems, config, seed, text_of)
     return FilterResult({}, dropped, _report(kinds, dropped, problems, table))
 
 
@@ -230,8 +231,8 @@ def _report(kinds: list[Kind], dropped: dict[int, str], problems: list[str], tab
         return {kind: found[kind] for kind in ("positive", "negative", "unfinished", "not_gradable")}
 
     sources: dict[str, list[int]] = {}
-    for row, source in enumerate(table["source"]):
-        sources.setdefault(source_name(source), []).append(row)
+    for row, source in enumerate(source_names(table)):
+        sources.setdefault(source, []).append(row)
     kept = [row for row in range(len(kinds)) if row not in dropped]
     return {
         "in": counts(range(len(kinds))),

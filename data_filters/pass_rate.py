@@ -19,13 +19,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from datasets import Dataset
 
 from ..core.errors import DataError
 from ..core.row_sources import read_rows
 from ..core.trajectory import content_hash
+from .columns import all_null, values_of
 from .result import FilterResult, ShowProgress, bar_of
 from .selection import count_by, histogram
 
@@ -87,7 +88,7 @@ def check(table: Dataset, config: PassRateConfig, filled: Iterable[str] = ()) ->
     for file in _files(config):
         for where, row in islice(read_rows(file), 1):
             _refuse_others(where, row)
-    if config.samples is None and "correct" not in filled and all(label is None for label in table["correct"]):
+    if config.samples is None and "correct" not in filled and all_null(table, "correct"):
         raise DataError(
             "`pass_rate` without `samples` reads the column `correct`, which is null in every row. Put `- grade` "
             "before `- pass_rate` in `steps`, or name the samples.jsonl of an evaluation."
@@ -133,7 +134,7 @@ def apply(
     check(table, config)
     files = _files(config)
     found = count_right(chain.from_iterable(map(read_rows, files)) if files else _own_rows(table))
-    problems = [str(problem) for problem in table["problem_id"]]
+    problems = values_of(table, "problem_id")
     if found.keys().isdisjoint(problems):
         raise DataError(
             f"`pass_rate`: no problem of {', '.join(files)} is in the data (such as {next(iter(found), '-')!r} there "
@@ -159,8 +160,8 @@ def apply(
 
 
 def _own_rows(table: Dataset) -> Iterator[tuple[str, dict]]:
-    for row in table.select_columns(["problem_id", "correct"]):
-        yield "the data", cast("dict", row)
+    for problem, correct in zip(values_of(table, "problem_id"), values_of(table, "correct"), strict=True):
+        yield "the data", {"problem_id": problem, "correct": correct}
 
 
 def curriculum_order(problems: Iterable[str], rate: Mapping[str, float], order: str, seed: int) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from .columns import values_of
 from .result import FilterResult, ShowProgress
 from .selection import kept_count, seeded_order
 
@@ -29,6 +30,6 @@ def apply(
     table: Dataset, config: RandomConfig, *, seed: int, cache_folder: Path, progress: ShowProgress | None
 ) -> FilterResult:
     """Drop a random share. The draw depends on the seed and the ids, not on the order of the rows."""
-    order = seeded_order(range(len(table)), list(table["id"]), seed, "random")
+    order = seeded_order(range(len(table)), values_of(table, "id"), seed, "random")
     dropped = dict.fromkeys(sorted(order[kept_count(len(table), config.keep_ratio) :]), "drawn at random")
     return FilterResult({}, dropped, {})

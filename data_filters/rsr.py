@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from ..core.errors import DataError, RecipeError
 from ..core.trajectory import completion_text
+from .columns import source_names, values_of
 from .quality_baselines import limo_scores
 from .rank_surprisal import RSRScore, rank_teachers, sample_teachers, select_per_problem
 from .result import FilterResult, ShowProgress
 from .rsr_report import report_student
 from .score_cache import default_folder
 from .scoring import Measured, score
-from .selection import source_name
 from .student import Scoring, Student
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def check(table: "Dataset", config: RSRConfig, filled: set[str]) -> None:
     """
     for model in (config.model, *config.more_students):
         Student(config.scoring(model)).check(table)
-    if config.select == "best_teacher" and len(set(table["source"])) < 2:
+    if config.select == "best_teacher" and len(set(source_names(table))) < 2:
         raise DataError("`select: best_teacher` compares teachers, and `source` names one only; check `columns`")
     if config.backend == "vllm":
         from ..core.engine_vllm import import_vllm, process_state_kept
@@ -161,8 +161,8 @@ def apply(
         ModelError: The model cannot be loaded, has no chat template, or cannot be scored with.
         DataError: The chat template renders none of the trajectories.
     """
-    teachers = [source_name(source) for source in table["source"]]
-    ids, problems = list(table["id"]), list(table["problem_id"])
+    teachers = source_names(table)
+    ids, problems = values_of(table, "id"), values_of(table, "problem_id")
     rows = list(range(len(table)))
     if config.select == "best_teacher":
         rows = sample_teachers(problems, teachers, ids, config.teacher_sample, seed)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .columns import source_names, values_of
 from .rank_surprisal import RSRScore, bootstrap_teachers, dataset_rsr, rank_teachers
-from .selection import mean, source_name
+from .selection import mean
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,12 +44,12 @@ def report_student(
         dropped: Rows that were dropped.
         seed: Of the bootstrap.
     """
-    teachers = [source_name(source) for source in table["source"]]
-    labels, problems = list(table["correct"]), list(table["problem_id"])
+    teachers = source_names(table)
+    labels, problems = values_of(table, "correct"), values_of(table, "problem_id")
     kept = [i for i in range(len(table)) if i not in dropped]
     compared = dict(columns)
     if "branch_ratio" in table.column_names:
-        compared["branch_ratio"] = list(table["branch_ratio"])
+        compared["branch_ratio"] = values_of(table, "branch_ratio")
     of_rows = [scores[i] for i in rows]
     sure = bootstrap_teachers([problems[i] for i in rows], [teachers[i] for i in rows], of_rows, seed)
     by_teacher: dict[str, list[int]] = {}

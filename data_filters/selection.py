@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..core.trajectory import content_hash
 
 
@@ -21,9 +23,15 @@ def kept_count(total: int, keep_ratio: float) -> int:
 
 def lowest(values: Sequence[float | None], ids: Sequence[str], keep_ratio: float) -> set[int]:
     """Return the rows that hold the lowest share of the values, ties by id. Rows with None do not take part."""
-    scored = [row for row, value in enumerate(values) if value is not None]
-    scored.sort(key=lambda row: (values[row], ids[row]))
-    return set(scored[: kept_count(len(scored), keep_ratio)])
+    rows = np.array([row for row, value in enumerate(values) if value is not None], dtype=np.int64)
+    if not len(rows):
+        return set()
+    scores = np.array([value for value in values if value is not None], dtype=np.float64)
+    count = kept_count(len(rows), keep_ratio)
+    cut = np.partition(scores, count - 1)[count - 1]
+    below = rows[scores < cut].tolist()
+    ties = sorted(rows[scores == cut].tolist(), key=lambda row: ids[row])
+    return {*below, *ties[: count - len(below)]}
 
 
 def seeded_order(rows: Iterable[int], ids: Sequence[str], seed: int, purpose: str) -> list[int]:
@@ -47,15 +55,16 @@ def histogram(values: Sequence[float | None], groups: Sequence[str], bins: int =
     Returns:
         `{"edges": [bins + 1 floats], "counts": {group: [bins ints]}}`; no edges where nothing has a value.
     """
-    pairs = [(group, value) for group, value in zip(groups, values, strict=True) if value is not None]
-    if not pairs:
+    there = [value for value in values if value is not None]
+    if not there:
         return {"edges": [], "counts": {}}
-    low, high = min(value for _, value in pairs), max(value for _, value in pairs)
+    low, high = min(there), max(there)
     width = (high - low) / bins or 1.0 / bins
-    counts = {group: [0] * bins for group in sorted({group for group, _ in pairs})}
-    for group, value in pairs:
-        counts[group][min(bins - 1, int((value - low) / width))] += 1
-    return {"edges": [low + width * edge for edge in range(bins + 1)], "counts": counts}
+    counts: dict[str, list[int]] = {}
+    for group, value in zip(groups, values, strict=True):
+        if value is not None:
+            counts.setdefault(group, [0] * bins)[min(bins - 1, int((value - low) / width))] += 1
+    return {"edges": [low + width * edge for edge in range(bins + 1)], "counts": dict(sorted(counts.items()))}
 
 
 def jaccard(one: set[int], other: set[int]) -> float | None:

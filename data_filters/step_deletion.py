@@ -18,9 +18,10 @@ import pyarrow as pa
 from datasets import Dataset
 
 from ..core.trajectory import content_hash
+from .columns import source_names
 from .reasoning_steps import Segmentation, reasoning_spans, step_spans
 from .result import FilterResult, ShowProgress, bar_of
-from .selection import mean, source_name
+from .selection import mean
 
 ANSWER_MARKS = ("\\boxed", "####", "<answer>")
 READ_ROWS = 512
@@ -94,7 +95,7 @@ def apply(
                 deleted.append(gone)
             bar.advance(len(batch["id"]))
     completions = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(messages, pa.json_(pa.string())))
-    sources = [source_name(source) for source in table["source"]]
+    sources = source_names(table)
     report = {
         "steps": sum(before),
         "deleted": sum(deleted),

@@ -29,6 +29,7 @@ from datasets import Dataset
 
 from ..core.errors import DataError
 from ..core.row_sources import read_rows
+from .columns import values_of
 from .mixture import TEXT, TOOL, mode_of
 from .result import FilterResult, ShowProgress, bar_of
 from .selection import count_by, histogram
@@ -154,7 +155,7 @@ def failed_shares(table: Dataset) -> list[float]:
         return [0.0] * len(table)
     return [
         (failed or 0) / calls if calls else 0.0
-        for calls, failed in zip(table["n_calls"], table["n_failed"], strict=True)
+        for calls, failed in zip(values_of(table, "n_calls"), values_of(table, "n_failed"), strict=True)
     ]
 
 
@@ -168,7 +169,7 @@ def apply(
     """
     files = _files(config)
     record = read_record(row for file in files for row in read_rows(file))
-    problems = [str(problem) for problem in table["problem_id"]]
+    problems = values_of(table, "problem_id")
     if record.keys().isdisjoint(problems):
         raise DataError(
             f"`tool_suitability`: no problem of {', '.join(files)} is in the data (such as {next(iter(record), '-')!r} "

@@ -22,6 +22,10 @@ def test_lowest_breaks_ties_by_id_and_leaves_none_out():
     assert lowest([0.5, 0.5, 0.5, 0.1], ["c", "a", "b", "d"], 0.5) == {3, 1}
     assert lowest([None, 2.0, None, 1.0], ["a", "b", "c", "d"], 0.5) == {3}
     assert lowest([None], ["a"], 0.9) == set()
+    values, ids = [n * 7 % 5 or None for n in range(200)], [f"{n * 37 % 200:03}" for n in range(200)]
+    ranked = sorted((value, ids[row], row) for row, value in enumerate(values) if value is not None)
+    for ratio in (0.01, 0.3, 0.5, 0.999, 1.0):
+        assert lowest(values, ids, ratio) == {row for _, _, row in ranked[: kept_count(160, ratio)]}
 
 
 def test_seeded_order_depends_on_seed_and_ids_alone():
