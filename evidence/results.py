@@ -146,7 +146,7 @@ def collect(name: str, pipeline: str, arms: Mapping[str, str]) -> None:
     os.replace(partial, folder / PROBLEMS)
     stated = all(_same_statement(pipeline, manifest["code"]["commit"]) for manifest in manifests)
     seconds = {stage.name: took[stage.name]["seconds"] for stage in stages if stage.name in took}
-    about = _about(manifests) | {"stated_before": stated, "seconds": seconds}
+    about = _code(stages) | _about(manifests) | {"stated_before": stated, "seconds": seconds}
     text = json.dumps({"about": about, "runs": runs}, indent=1, ensure_ascii=False)
     write_atomic(folder / RUNS, text + "\n")
 
@@ -197,7 +197,7 @@ def _training(stage: Stage | None) -> dict[str, Any]:
     labels = {row["id"]: row["correct"] for row in _json_lines(Path(stage.section().values["data"]))}
     ledger = pd.read_parquet(folder / LEDGER_FILE)
     epochs = [column for column in ledger if str(column).startswith("epoch_")]
-    kinds = ledger["id"].map(labels).map({True: "right", False: "wrong"})
+    kinds = pd.Series([{True: "right", False: "wrong"}.get(labels.get(row)) for row in ledger["id"]])
     losses = {kind: of_kind[epochs].mean() for kind, of_kind in ledger.groupby(kinds)}
     tokens = [row["num_tokens"] for row in _json_lines(folder / "metrics.jsonl") if "num_tokens" in row]
     return {
@@ -207,11 +207,19 @@ def _training(stage: Stage | None) -> dict[str, Any]:
     }
 
 
-def _about(manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what the runs have in common, and every commit that they were made with."""
+def _code(stages: Sequence[Stage]) -> dict[str, Any]:
+    """Return every commit that a stage was made with, that of a base model which was there before too."""
+    files = [Path(str(stage.output_dir)) / "manifest.json" for stage in stages]
+    codes = [json.loads(file.read_text(encoding="utf-8"))["code"] for file in files if file.is_file()]
     return {
-        "commits": sorted({str(manifest["code"]["commit"]) for manifest in manifests}),
-        "uncommitted_changes": any(manifest["code"]["diff"] for manifest in manifests),
+        "commits": sorted({str(code["commit"]) for code in codes}),
+        "uncommitted_changes": any(code["diff"] for code in codes),
+    }
+
+
+def _about(manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the evaluations have in common."""
+    return {
         "started": min(manifest["started"] for manifest in manifests),
         "finished": max(manifest["finished"] for manifest in manifests),
         "versions": manifests[-1]["versions"],

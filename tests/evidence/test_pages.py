@@ -10,7 +10,8 @@ from evidence_rows import results, study
 from afterglow.core.errors import DataError
 from afterglow.evidence.__main__ import main, pages, studies
 from afterglow.evidence.page import overview, study_figure, study_page
-from afterglow.launch.pipeline_recipe import parse_pipeline
+from afterglow.launch import pipeline_recipe
+from afterglow.launch.pipeline_recipe import check_stages, parse_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "recipes/evidence").glob("*.yaml") if "\nstudy:" in path.read_text())
@@ -58,6 +59,13 @@ def test_a_statement_fits_its_pipeline(name):
     assert set(seeds) == set(statement.arms)
     deciding = [seeds[arm] for arm in (statement.arm, *statement.against)]
     assert len(deciding[0]) >= 3 and all(of_arm == deciding[0] for of_arm in deciding), "seeds are not paired"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_input_is_made_by_an_earlier_stage(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline_recipe, "parse_recipe", lambda verb, section: None)  # tests/recipes does, slowly
+    check_stages(parse_pipeline(f"evidence/{name}.yaml", [])[1])
 
 
 def test_every_study_has_a_target():
