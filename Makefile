@@ -8,7 +8,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Without bytecode files (containers often say so) every stage would compile torch, transformers and vLLM anew: 10 s each.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install test test-slow test-gpu lint types wheel demo demo-tools demo-forget real real-tofu evidence evidence-glow evidence-negatives evidence-branching evidence-selection smoke bench docs lint-docker lock clean
+.PHONY: help install test test-slow test-gpu lint types wheel demo demo-tools demo-forget real real-tofu evidence evidence-glow evidence-negatives evidence-branching evidence-selection evidence-coreset smoke bench docs lint-docker lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,7 +64,7 @@ real: install ## grade -> RSR -> branching -> GLOW -> pass@k on real GSM8K traje
 real-tofu: install ## learn, forget by NPO and evaluate on TOFU's own files; needs AFTERGLOW_DATA
 	$(BIN)/afterglow run real_tofu/pipeline.yaml
 
-evidence: evidence-glow evidence-negatives evidence-branching evidence-selection ## every study: claims against their controls; ends in docs/evidence
+evidence: evidence-glow evidence-negatives evidence-branching evidence-selection evidence-coreset ## every study: claims against their controls; ends in docs/evidence
 
 evidence-glow: install ## GLOW against plain SFT, right chains only and half the learning rate
 	$(BIN)/afterglow run evidence/glow.yaml
@@ -81,6 +81,10 @@ evidence-branching: install ## branch filter against length and chance, at one k
 evidence-selection: install ## one chain per problem, by RSR and by chance
 	$(BIN)/afterglow run evidence/selection.yaml
 	$(BIN)/python -m afterglow.evidence selection
+
+evidence-coreset: install ## half of the rows, by CLD and by chance
+	$(BIN)/afterglow run evidence/coreset.yaml
+	$(BIN)/python -m afterglow.evidence coreset
 
 smoke: install ## every training recipe under ddp, fsdp2, zero2 and zero3, two CPU processes each; writes runs/smoke/table.md
 	$(BIN)/python tests/smoke_table.py runs/smoke
