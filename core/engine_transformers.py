@@ -4,7 +4,7 @@ Rows draw from their own generators in the same way as vLLM's sampler, so that o
 the same tokens for the same seed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -36,6 +36,7 @@ from .generation import (
     make_completion,
     room,
 )
+from .token_stats import ScoredSequence, TokenStats, score_tokens
 
 
 class TransformersEngine(Engine):
@@ -99,6 +100,10 @@ class TransformersEngine(Engine):
         self._check_open()
         check_requests(requests, self.max_context, self._checkpoint.config.vocab_size)
         return self._stream(requests)
+
+    def token_stats(self, sequences: Sequence[ScoredSequence]) -> Iterator[tuple[Hashable, TokenStats]]:
+        """See `Engine.token_stats`."""
+        return score_tokens(self.model, sequences)
 
     def _stream(self, requests: Sequence[Request]) -> Iterator[Completion]:
         ordered = sorted(requests, key=lambda request: (_filters(request.sampling), len(request.prompt_ids)))

@@ -129,7 +129,7 @@ class VLLMEngine(Engine):
         )
 
     def token_stats(self, sequences: "Sequence[ScoredSequence]") -> "Iterator[tuple[Hashable, TokenStats]]":
-        """Score the marked tokens of every sequence with vLLM: what `core.token_stats.score_tokens` does, less entropy.
+        """See `Engine.token_stats`.
 
         Where logits are equal, which in 16 bits is common and in float32 next to never happens, vLLM counts them
         against the token, and `score_tokens` in its favour.

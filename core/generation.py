@@ -15,7 +15,7 @@ The same `Request` goes into each engine and the same `Completion` comes out:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
@@ -24,6 +24,8 @@ from .errors import GenerationError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from .token_stats import ScoredSequence, TokenStats
 
 
 @dataclass
@@ -191,6 +193,19 @@ class Engine(Protocol):
     def open_stream(self) -> "Stream":
         """Open a stream of requests that come while others run, as rollouts need it. One at a time."""
         return BatchStream(self)
+
+    def token_stats(self, sequences: "Sequence[ScoredSequence]") -> "Iterator[tuple[Hashable, TokenStats]]":
+        """Score the marked tokens of every sequence: what `core.token_stats.score_tokens` does, less entropy.
+
+        Yields:
+            (key, statistics), in any order.
+
+        Raises:
+            GenerationError: this engine cannot score tokens that it did not draw.
+        """
+        raise GenerationError(
+            "log-likelihoods of given texts need `engine: vllm` or `engine: transformers`; a server does not tell them."
+        )
 
     def load_weights(self, model: str) -> None:
         """Swap in another checkpoint of the same shape, with its tokenizer and stop tokens, without a restart.

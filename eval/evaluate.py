@@ -7,7 +7,8 @@ writes `samples.jsonl` (one trajectory per sample: filters read it), `problems.j
 every other k, interval and paired comparison follows) and `scores.json`.
 
 With `tools: [none, python]` every task is asked twice, as text and with Python in a sandbox; the second has the name
-`math500+python` and says beside its scores how often, how early and how well the model called.
+`math500+python` and says beside its scores how often, how early and how well the model called. `lm_eval:NAME` is a task
+of lm-evaluation-harness (`lm_eval_bridge`).
 
 With `samples: file.jsonl` nothing is generated: samples that exist are scored (`score_samples`). With `suite: tofu` and
 its like a model is asked what it should have forgotten (`unlearning`). With `checkpoints:` in place of `model` every
@@ -25,9 +26,10 @@ import yaml
 
 from ..core.answer_extraction import Extract
 from ..core.checkpoint import read_checkpoint
+from ..core.code_grading import CodeGrader
 from ..core.errors import RecipeError
 from ..core.generation import Engine, EngineConfig, open_engine
-from ..core.grading import Grader, Kind
+from ..core.grading import Grader
 from ..core.pass_at_k import check_k
 from ..core.recipe import Section, build, plain
 from ..core.rollout import RolloutConfig
@@ -35,6 +37,7 @@ from ..core.run_folder import RunFolder
 from ..core.sandbox import Sandbox, SandboxConfig, open_sandbox
 from ..core.tool_protocol import ToolProtocol, open_protocol
 from ..core.trajectory import content_hash
+from .lm_eval_bridge import PREFIX, RESULTS_FILE, HarnessTasks, harness_scores, show_harness
 from .sampling import (
     SAMPLES_FILE,
     Job,
@@ -51,7 +54,7 @@ from .sampling import (
 )
 from .score_samples import run_scores
 from .scores import default_k, group_samples, read_scores, same_mathematics, score, show_scores, write_scores
-from .tasks import SAMPLING_KEYS, Problem, Task, load_tasks
+from .tasks import SAMPLING_KEYS, GraderKind, Problem, Task, load_tasks
 from .tool_use import tool_use
 
 IN_FLIGHT = 256  # rollouts with a tool at once, where the recipe's max_num_seqs does not say
@@ -64,7 +67,9 @@ class SampleConfig:
     """What to sample. A key that is not set is the task's own."""
 
     output_dir: str = field(metadata={"help": "Folder of this run."})
-    tasks: list[str] = field(metadata={"help": "Benchmarks of the package, task files (.yaml), files of problems."})
+    tasks: list[str] = field(
+        metadata={"help": "Benchmarks of the package, task files (.yaml), files of problems, lm_eval:NAME."}
+    )
     n: int | None = field(default=None, metadata={"help": "Samples per problem."})
     tools: list[Literal["none", "python"]] = field(
         default_factory=lambda: ["none"],
@@ -103,12 +108,16 @@ class EvalConfig(SampleConfig):
     """What to evaluate, and how."""
 
     k: list[int] | None = field(default=None, metadata={"help": "Values of k; default: 1, 2, 4, ... up to n."})
-    grader: Kind | None = field(default=None, metadata={"help": "`math`, `choice` or `numeric`."})
+    grader: GraderKind | None = field(default=None, metadata={"help": "`math`, `choice`, `numeric` or `code`."})
     extract: Extract | None = field(
         default=None, metadata={"help": "Where the final answer stands: `boxed`, `marked` or `last`."}
     )
     rel_tol: float | None = field(default=None, metadata={"help": "Relative tolerance, for `grader: numeric`."})
     workers: int = field(default=2, metadata={"help": "Answers graded at once, each in a process of its own."})
+    lm_eval_kwargs: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "For lm_eval:NAME: arguments of `simple_evaluate`, such as {apply_chat_template: true}."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -175,7 +184,11 @@ class _Evaluation:
         self.modes: list[Mode] = [*config.tools]
         self.open_engine = opener or open_engine
         self.path = Path(config.output_dir)
-        self.tasks, self.sources = load_tasks(config.tasks, config.task_changes())
+        self.harness = [name.removeprefix(PREFIX) for name in config.tasks if name.startswith(PREFIX)]
+        own = [name for name in config.tasks if not name.startswith(PREFIX)]
+        self.tasks, self.sources = ([], {}) if self.harness and not own else load_tasks(own, config.task_changes())
+        if self.harness and not isinstance(config, EvalConfig):
+            raise RecipeError(f"`tasks`: {PREFIX}{self.harness[0]} can be evaluated (`afterglow eval`), not sampled")
         if isinstance(config, EvalConfig):
             for task in self.tasks:
                 check_k(config.k or [], task.n)
@@ -196,9 +209,19 @@ class _Evaluation:
         prompts = encode_prompts(protocols, problems)
         chat_template = content_hash(protocols[self.modes[0]].tokenizer.chat_template)
         jobs = plan(self.tasks, problems, self.modes)
-        # The folder comes last: a recipe that is mended after an error meets no folder of its broken self.
-        with self._open_sandbox() as sandbox, self._open(overwrite, chat_template=chat_template) as folder:
-            folder.finish(self._fill(folder, jobs, prompts, protocols, sandbox))
+        harness = HarnessTasks(self.harness, self._harness_options()) if self.harness else None
+        with ExitStack() as stack:
+            graders = self._open_graders(stack)
+            sandbox = stack.enter_context(self._open_sandbox())
+            # The folder comes last: a recipe that is mended after an error meets no folder of its broken self.
+            folder = stack.enter_context(self._open(overwrite, chat_template=chat_template))
+            sampler = Sampler(
+                folder.log(SAMPLES_FILE), self.engine.model, self.config.seed, self.config.logprobs, graders,
+                protocols, self.rollouts, self.engine.max_num_seqs or IN_FLIGHT,
+            )  # fmt: skip
+            self._draw(sampler, jobs, prompts, sandbox, harness)
+            config = self.config
+            folder.finish(self._score(config, graders) if isinstance(config, EvalConfig) else {"samples": len(jobs)})
         self._show()
         return self.path
 
@@ -215,33 +238,26 @@ class _Evaluation:
         """Start the sandbox, if a mode needs it: a machine that cannot isolate is refused before a model is loaded."""
         return open_sandbox(self.sandbox) if "python" in self.modes else nullcontext()
 
-    def _fill(
-        self,
-        folder: RunFolder,
-        jobs: list[Job],
-        prompts: Prompts,
-        protocols: dict[Mode, ToolProtocol],
-        sandbox: Sandbox | None,
-    ) -> dict[str, Any]:
-        """Draw what is missing, and score it; returns the summary of the run."""
-        config = self.config
-        with ExitStack() as stack:
-            graders = {}
-            if isinstance(config, EvalConfig):
-                graders = {t.name: stack.enter_context(t.open_grader(config.workers)) for t in self.tasks}
-            sampler = Sampler(
-                folder.log(SAMPLES_FILE), self.engine.model, config.seed, config.logprobs, graders, protocols,
-                self.rollouts, self.engine.max_num_seqs or IN_FLIGHT,
-            )  # fmt: skip
-            self._draw(sampler, jobs, prompts, sandbox)
-            return self._score(config, graders) if isinstance(config, EvalConfig) else {"samples": len(jobs)}
+    def _open_graders(self, stack: ExitStack) -> dict[str, Grader | CodeGrader]:
+        """Open a grader for each task, if samples are graded."""
+        if not isinstance(self.config, EvalConfig):
+            return {}
+        workers = self.config.workers
+        return {task.name: stack.enter_context(task.open_grader(workers, self.sandbox)) for task in self.tasks}
 
     def _resolved(self) -> dict[str, Any]:
         """Return the recipe with its defaults, without those of what it does not use."""
         resolved = plain(self.config) | plain(self.engine)
-        if "python" in self.modes:
-            return resolved | plain(self.rollouts) | plain(self.sandbox)
-        return resolved | (plain(self.rollouts) if self.rollouts.think_tokens else {})
+        if not self.harness:
+            resolved.pop("lm_eval_kwargs", None)
+        if "python" in self.modes or self.rollouts.think_tokens:
+            resolved |= plain(self.rollouts)
+        return resolved | (plain(self.sandbox) if self._runs_code else {})
+
+    @property
+    def _runs_code(self) -> bool:
+        """Whether anything that the model writes is executed."""
+        return "python" in self.modes or any(task.grader == "code" for task in self.tasks)
 
     def _inputs(self) -> dict[str, str | list[str]]:
         return {f"task {name}": files for name, files in self.sources.items()} | {"model": self.engine.model}
@@ -259,15 +275,26 @@ class _Evaluation:
     def _load(self, task: Task) -> list[Problem]:
         return task.load_problems(self.config.max_problems, graded=isinstance(self.config, EvalConfig))
 
-    def _draw(self, sampler: Sampler, jobs: list[Job], prompts: Prompts, sandbox: Sandbox | None) -> None:
+    def _harness_options(self) -> dict[str, Any]:
+        assert isinstance(self.config, EvalConfig)
+        return {"limit": self.config.max_problems, **self.config.lm_eval_kwargs}
+
+    def _draw(
+        self, sampler: Sampler, jobs: list[Job], prompts: Prompts, sandbox: Sandbox | None, harness: HarnessTasks | None
+    ) -> None:
         done = rows_done(sampler.log, jobs)
-        if todo := [job for job in jobs if job.key not in done]:
+        todo = [job for job in jobs if job.key not in done]
+        asks = harness is not None and not (self.path / RESULTS_FILE).exists()
+        if todo or asks:
             with self.open_engine(self.engine) as engine:
-                sampler.draw(engine, todo, prompts, sandbox)
+                if todo:
+                    sampler.draw(engine, todo, prompts, sandbox)
+                if asks:
+                    harness.run(engine, self.path)
         sampler.log.close()
         put_in_order(self.path / SAMPLES_FILE, {job.key: place for place, job in enumerate(jobs)}, row_key)
 
-    def _score(self, config: EvalConfig, graders: dict[str, Grader]) -> dict[str, Any]:
+    def _score(self, config: EvalConfig, graders: dict[str, Grader | CodeGrader]) -> dict[str, Any]:
         samples = group_samples(read_rows_of(self.path / SAMPLES_FILE), "task")
         scores, rows = {}, []
         calls = tool_use(read_rows_of(self.path / SAMPLES_FILE))
@@ -279,12 +306,17 @@ class _Evaluation:
             if label in calls:
                 scores[label]["tools"] = calls[label]
             rows += [{"task": label, **row} for row in counts]
+        if self.harness:
+            found, counts = harness_scores(self.path)
+            scores, rows = scores | found, rows + counts
         write_scores(self.path, scores, rows)
         return scores
 
     def _show(self) -> None:
         if isinstance(self.config, EvalConfig):
             show_scores(read_scores(self.path), self.path)
+            if self.harness:
+                show_harness(self.path)
         print(f"samples: {self.path / SAMPLES_FILE}")
 
     def _show_plan(self) -> None:
@@ -305,13 +337,15 @@ class _Evaluation:
                 sizes = [f"{len(problems):,}", str(task.n), f"{samples:,}", f"{samples * task.max_tokens:,}"]
                 first = first or problems[0]
             table.add_row(task.name, str(task.version), *sizes)
+        for name in self.harness:
+            table.add_row(f"{PREFIX}{name}", "", "lm-eval's", "", "", "")
         console.print(table)
         if first and Path(self.engine.model).exists():
             for mode, protocol in self._protocols().items():
                 ids = protocol.encode(first.prompt)
                 title = f"first prompt ({len(ids)} tokens, tools: {mode}), problem {first.problem_id}"
                 console.print(Panel(escape(protocol.decode(ids)), title=title))
-        with self._open_sandbox() as sandbox:
-            if sandbox:
+        if self._runs_code:
+            with open_sandbox(self.sandbox) as sandbox:
                 console.print(Panel(escape(sandbox.describe()), title="sandbox"))
         console.print("Nothing was written.")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ..core.code_grading import CodeGrader
 from ..core.errors import GenerationError, RunFolderError
 from ..core.generation import Engine
 from ..core.grading import Grader
@@ -136,7 +137,7 @@ class Sampler:
     source: str
     seed: int
     logprobs: bool
-    graders: Mapping[str, Grader]
+    graders: Mapping[str, Grader | CodeGrader]
     protocols: Mapping[Mode, "ToolProtocol"]
     rollouts: RolloutConfig
     in_flight: int
@@ -183,7 +184,7 @@ class Sampler:
     def _finish(self, job: Job, rollout: Rollout, bar: Bar) -> None:
         row = make_row(job, rollout, self.source, self.seed, self.protocols[job.mode])
         if self.graders:
-            grade = self.graders[job.task.name].grade(final_text(row["completion"]), job.problem.answer)
+            grade = self.graders[job.task.name].grade(final_text(row["completion"]), job.problem.gold)
             row["correct"] = grade.correct
             row |= {"verdict": grade.verdict, "reason": grade.reason, "extracted": grade.extracted}
         with self._lock:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core.answer_comparison import normalise, parse_number, text_key
+from ..core.code_grading import CodeGrader
 from ..core.errors import RunFolderError
 from ..core.grading import Grader
 from ..core.pass_at_k import check_complete, check_k, g_pass_at_k, majority_at_k, pass_at_k
@@ -237,9 +238,9 @@ def answer_classes(samples: Sequence[Sample], equal: Equal | None = None) -> tup
     return [(len(labels), sum(labels) / len(labels)) for labels in groups], without
 
 
-def same_mathematics(grader: Grader) -> Equal | None:
+def same_mathematics(grader: Grader | CodeGrader) -> Equal | None:
     """Return the `equal` of a grader that compares symbolically: one answer in a box, the other as gold."""
-    if grader.kind != "math":
+    if not isinstance(grader, Grader) or grader.kind != "math":
         return None
     return lambda one, other: grader.grade(f"\\boxed{{{one}}}", other).correct is True
 

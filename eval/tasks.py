@@ -9,31 +9,50 @@ A recipe names its tasks in one list, `tasks: [gsm8k, my_task.yaml, my_problems.
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..core.answer_extraction import Extract
+from ..core.code_grading import CodeGrader
+from ..core.code_tests import gold_of_row
 from ..core.errors import DataError, RecipeError
 from ..core.generation import SamplingConfig
-from ..core.grading import Grader, Kind
+from ..core.grading import Grader
 from ..core.recipe import build, read_recipe
-from ..core.trajectory import MAX_ERRORS_SHOWN, DataConfig, load_trajectories, prompt_text
+from ..core.sandbox import SandboxConfig
+from ..core.trajectory import MAX_ERRORS_SHOWN, DataConfig, content_hash, load_trajectories, prompt_text
 from .choices import lettered
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 BOXED_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
+GraderKind = Literal["math", "choice", "numeric", "code"]
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: `prompt` is a list of chat messages, `answer` the gold answer (None: sampled, never graded)."""
+    """One problem.
+
+    Attributes:
+        problem_id: unique within its task.
+        prompt: chat messages.
+        answer: what each row of its samples repeats: the gold answer (None: sampled, never graded), or a short name
+            of the tests.
+        tests: of a program, where they stand in columns of their own: too long to be repeated.
+    """
 
     problem_id: str
     prompt: list[dict[str, Any]]
     answer: str | None
+    tests: str | None = None
+
+    @property
+    def gold(self) -> str | None:
+        """What its grader compares with."""
+        return self.answer if self.tests is None else self.tests
 
 
 @dataclass(frozen=True)
@@ -61,13 +80,19 @@ class Task:
     shuffle_choices: bool = field(
         default=False, metadata={"help": "Order the choices by chance (by the question, not by the run)."}
     )
+    tests: list[str] = field(
+        default_factory=list, metadata={"help": "Columns of tests, as LiveCodeBench has them; for `grader: code`."}
+    )
+    starter: str | None = field(default=None, metadata={"help": "Column of code that the answer must begin with."})
+    test_seconds: float = field(default=6.0, metadata={"help": "Time limit of one test; for `grader: code`."})
     exclude: dict[str, str] = field(
         default_factory=dict, metadata={"help": "problem_id -> why it cannot be scored; left out."}
     )
     prompt_template: str = field(default=BOXED_PROMPT, metadata={"help": "Must contain {problem}."})
     system_prompt: str | None = field(default=None, metadata={"help": "Put before the problem."})
-    grader: Kind = field(
-        default="math", metadata={"help": "`math`: equal; `choice`: one letter; `numeric`: within rel_tol."}
+    grader: GraderKind = field(
+        default="math",
+        metadata={"help": "`math`: equal; `choice`: one letter; `numeric`: within rel_tol; `code`: passes its tests."},
     )
     extract: Extract = field(
         default="boxed", metadata={"help": "Where the final answer stands: `boxed`, `marked` or `last`."}
@@ -95,6 +120,8 @@ class Task:
             )
         if self.choices and self.grader != "choice":
             raise RecipeError(f"task {self.name} has `choices`: say `grader: choice`")
+        if self.tests and self.grader != "code":
+            raise RecipeError(f"task {self.name} has `tests`: say `grader: code`")
         self.sampling()
         self.open_grader(1).close()  # checks the values; starts no process
 
@@ -102,8 +129,10 @@ class Task:
         """Return how its completions are drawn."""
         return SamplingConfig(**{key: getattr(self, key) for key in SAMPLING_KEYS})
 
-    def open_grader(self, workers: int) -> Grader:
-        """Return a grader of its answers; close it."""
+    def open_grader(self, workers: int, sandbox: SandboxConfig | None = None) -> Grader | CodeGrader:
+        """Return a grader of its answers; close it. Code runs in `sandbox`, within the limits of the task."""
+        if self.grader == "code":
+            return CodeGrader(replace(sandbox or SandboxConfig(), sandbox_timeout=self.test_seconds), workers)
         return Grader(self.grader, extract=self.extract, rel_tol=self.rel_tol, workers=workers)
 
     def load_problems(self, max_problems: int | None = None, graded: bool = True) -> list[Problem]:
@@ -128,7 +157,7 @@ class Task:
                 )
             elif problem.problem_id not in self.exclude:
                 try:
-                    problems[problem.problem_id] = self._with_choices(row, problem) if self.choices else problem
+                    problems[problem.problem_id] = self._completed(row, problem)
                 except DataError as error:
                     faults.append(f"problem {problem.problem_id!r}: {error}")
         self._refuse(faults + (self._gold_faults(problems.values()) if graded else []))
@@ -141,15 +170,28 @@ class Task:
             table = load_trajectories(
                 DataConfig(
                     data=self.data, subset=subset, split=self.split, columns=self.columns, max_rows=max_problems,
-                    prompt_template="{problem}" if self.choices else self.prompt_template,
+                    prompt_template="{problem}" if self.choices or self.starter else self.prompt_template,
                     system_prompt=self.system_prompt, answer_after=self.answer_after,
                 ),
-                require=("prompt", "answer") if graded or self.choices else ("prompt",),
+                require=("prompt", "answer") if (graded and not self.tests) or self.choices else ("prompt",),
             )  # fmt: skip
             rows: Any = table.remove_columns("completion")
             for row in rows:
                 name, answer = row["problem_id"], row["answer"]
                 yield row, Problem(f"{subset}/{name}" if len(subsets) > 1 else name, row["prompt"], answer)
+
+    def _completed(self, row: dict[str, Any], problem: Problem) -> Problem:
+        """Add what stands in other columns of its row."""
+        if self.choices:
+            return self._with_choices(row, problem)
+        if self.tests:
+            gold = gold_of_row(row, self.tests)
+            problem = replace(problem, answer=f"tests {content_hash(gold)}", tests=gold)
+        if self.starter:
+            code = f"\n\nBegin with this code:\n```python\n{row[self.starter]}\n```" if row.get(self.starter) else ""
+            text = self.prompt_template.replace("{problem}", prompt_text(problem.prompt) + code)
+            problem = replace(problem, prompt=[*problem.prompt[:-1], {"role": "user", "content": text}])
+        return problem
 
     def _with_choices(self, row: dict[str, Any], problem: Problem) -> Problem:
         text, letter = lettered(
@@ -160,8 +202,8 @@ class Task:
         return replace(problem, prompt=[*problem.prompt[:-1], asked], answer=letter)
 
     def _gold_faults(self, problems: Iterable[Problem]) -> list[str]:
-        with self.open_grader(workers=1) as grader:
-            found = ((problem, grader.check_gold(problem.answer)) for problem in problems)
+        with closing(self.open_grader(workers=1)) as grader:  # a grader of code starts no sandbox for this
+            found = ((problem, grader.check_gold(problem.gold)) for problem in problems)
             return [f"problem {p.problem_id!r}: answer {str(p.answer)[:80]!r}: {fault}" for p, fault in found if fault]
 
     def _refuse(self, faults: list[str]) -> None:

@@ -7,7 +7,8 @@ from afterglow.eval.tasks import Task, benchmark_names, find_task, load_tasks
 
 SETS = [
     "aime24", "aime25", "aime26", "amc23", "bbh", "beyondaime", "cmimc_2025", "gpqa_diamond", "gsm8k", "headqa",
-    "hmmt_feb_2025", "hmmt_feb_2026", "math500", "minerva", "mmlu", "mmlu_pro", "olympiadbench", "svamp",
+    "hmmt_feb_2025", "hmmt_feb_2026", "livecodebench", "math500", "minerva", "mmlu", "mmlu_pro", "olympiadbench",
+    "svamp",
 ]  # fmt: skip
 
 
@@ -27,7 +28,7 @@ def test_every_benchmark_of_the_package_is_sound():
         task, made_of = find_task(name)
         assert task.name == name and made_of[0].endswith(f"{name}.yaml") and made_of[1] == task.data
         assert task.source and task.pitfalls and task.sampling().temperature == 0.6
-        assert "\\boxed{}" in task.prompt_template
+        assert ("```python" if task.grader == "code" else "\\boxed{}") in task.prompt_template
 
 
 def test_a_file_of_problems_is_a_task(tmp_path):

@@ -122,3 +122,24 @@ def test_text_only_needs_no_sandbox_and_its_rows_say_nothing_of_tools(recipe, mo
     folder = run(recipe("text", tools="none", think_tokens=3))
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 8 and not any("n_calls" in row or "tools" in row for row in rows)
+
+
+def test_programs_are_graded_in_the_sandbox(walls, recipe, tmp_path, monkeypatch):
+    """A task of programs: half of the samples double their input, the others print 4."""
+
+    def program(prompt, seed):
+        return f"```python\nprint({'2 * int(input())' if seed % 2 else '4'})\n```<|im_end|>"
+
+    monkeypatch.setattr(evaluate, "open_engine", lambda config: ScriptedEngine(program))
+    tests = {
+        name: json.dumps([{"input": given, "output": "4" if name == "a" else "6"}]) for name, given in ("a2", "b3")
+    }
+    rows = [{"problem_id": name, "prompt": "Double it.", "answer": gold} for name, gold in tests.items()]
+    (tmp_path / "double.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"name": "double", "data": str(tmp_path / "double.jsonl"), "grader": "code", "test_seconds": 5}
+    (tmp_path / "double.yaml").write_text(yaml.safe_dump(task))
+    folder = run(recipe("run", tasks=[str(tmp_path / "double.yaml")], tools=["none"]))
+    found = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [row["correct"] for row in found] == [row["problem_id"] == "a" or row["seed"] % 2 == 1 for row in found]
+    assert {row["reason"] for row in found} <= {"all tests pass", "wrong output"}
+    assert json.loads((folder / "scores.json").read_text())["double"]["ungradable"]["count"] == 0
