@@ -21,12 +21,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset
 
+from ..core.benchmark_files import task_file
 from ..core.errors import DataError, RecipeError
 from ..core.recipe import plain, read_recipe
 from ..core.row_sources import source_rows
@@ -71,23 +71,28 @@ class DecontaminationConfig:
     @property
     def sources(self) -> list[str]:
         """The files that the benchmarks are read from."""
-        return [source for name in self.benchmarks for source in _task_file(name) or [name]]
+        return [source for name in self.benchmarks for source in _made_of(name)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # benchmarks
 
 
-def _task_file(name: str) -> list[str]:
-    """Return the task file that a name means and the data it names; nothing for a file of problems or a hub id."""
-    packaged = Path(str(files("afterglow.eval"))) / "benchmarks" / f"{name}.yaml"  # data of that package, not its code
-    path = packaged if packaged.is_file() else Path(name)
-    if path.suffix != ".yaml":
-        return []
-    task = read_recipe(path)
-    if "data" not in task.values:
+def _task_of(name: str) -> dict[str, Any]:
+    """Return the keys of the task file that a name means; nothing for a file of problems or a hub id."""
+    path = task_file(name)
+    if path is None:
+        return {}
+    task = plain(read_recipe(path).values)
+    if "data" not in task:
         raise RecipeError(f"{path}: `data` is missing, so this is no task file of a benchmark.")
-    return [str(path), str(task.values["data"])]
+    return {"split": "test"} | task  # as `eval` reads it
+
+
+def _made_of(name: str) -> list[str]:
+    """Return the files, or the dataset on the hub, that a benchmark comes from."""
+    path = task_file(name)
+    return [str(path), str(_task_of(name)["data"])] if path else [name]
 
 
 def read_benchmark(name: str, columns: dict[str, str]) -> Iterator[tuple[str, str]]:
@@ -98,8 +103,7 @@ def read_benchmark(name: str, columns: dict[str, str]) -> Iterator[tuple[str, st
         RecipeError: a task file that is no YAML.
     """
     task: dict[str, Any] = {"data": name, "columns": columns, "split": "train", "subset": None}
-    if made_of := _task_file(name):
-        task |= plain(read_recipe(made_of[0]).values)
+    task |= _task_of(name)
     subsets = task["subset"] if isinstance(task["subset"], list) else [task["subset"]]
     number = -1
     for subset in subsets:

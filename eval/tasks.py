@@ -2,7 +2,7 @@
 
 A recipe names its tasks in one list, `tasks: [gsm8k, my_task.yaml, my_problems.jsonl]`:
 
-* a benchmark that comes with the package (`eval/benchmarks/*.yaml`),
+* a benchmark that comes with the package (`core/benchmarks/*.yaml`),
 * a task file of your own, with the same keys,
 * or just a file of problems; `columns` of the recipe says how its columns are called.
 """
@@ -11,11 +11,11 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from ..core.answer_extraction import Extract
+from ..core.benchmark_files import benchmark_names, task_file
 from ..core.code_grading import CodeGrader
 from ..core.code_tests import gold_of_row
 from ..core.errors import DataError, RecipeError
@@ -218,16 +218,6 @@ class Task:
         )
 
 
-def benchmark_folder() -> Path:
-    """Return the folder of the benchmarks that come with the package."""
-    return Path(str(files("afterglow.eval"))) / "benchmarks"
-
-
-def benchmark_names() -> list[str]:
-    """Return the names of the benchmarks that come with the package."""
-    return sorted(path.stem for path in benchmark_folder().glob("*.yaml"))
-
-
 def find_task(name: str) -> tuple[Task, list[str]]:
     """Return the task that a recipe means by a name, a task file or a file of problems, and the files it comes from.
 
@@ -237,9 +227,8 @@ def find_task(name: str) -> tuple[Task, list[str]]:
     if name.endswith(DATA_SUFFIXES):
         stem = Path(name).name.removesuffix(".gz").rpartition(".")[0]
         return Task(name=stem, data=name), [name]
-    packaged = benchmark_folder() / f"{name}.yaml"
-    path = packaged if packaged.is_file() else Path(name)
-    if not path.is_file():
+    path = task_file(name)
+    if path is None or not path.is_file():
         near = difflib.get_close_matches(name, benchmark_names(), n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise RecipeError(

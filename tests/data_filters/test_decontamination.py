@@ -113,6 +113,15 @@ def test_a_benchmark_of_the_package_is_known_by_its_name():
     assert task.endswith("aime24.yaml") and data == "HuggingFaceH4/aime_2024"
 
 
+@pytest.mark.parametrize("keys, split", [("", "test"), ("split: dev\n", "dev")])
+def test_a_task_file_without_a_split_means_the_one_that_is_scored(keys, split, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(decontamination, "source_rows", lambda *source: asked.append(source) or [("row 0", {"q": "x"})])
+    (tmp_path / "t.yaml").write_text(f"name: t\ndata: some/set\ncolumns: {{prompt: q}}\n{keys}")
+    assert list(decontamination.read_benchmark(str(tmp_path / "t.yaml"), {})) == [("0", "x")]
+    assert asked == [("some/set", split, None)]
+
+
 def test_bad_benchmarks_stop_the_chain_before_it_starts(tmp_path):
     def refusal(text, **keys):
         (tmp_path / "b.jsonl").write_text(text)

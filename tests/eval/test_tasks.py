@@ -2,8 +2,9 @@ import json
 
 import pytest
 
+from afterglow.core.benchmark_files import benchmark_names
 from afterglow.core.errors import DataError, RecipeError
-from afterglow.eval.tasks import Task, benchmark_names, find_task, load_tasks
+from afterglow.eval.tasks import Task, find_task, load_tasks
 
 SETS = [
     "aime24", "aime25", "aime26", "amc23", "bbh", "beyondaime", "cmimc_2025", "gpqa_diamond", "gsm8k", "headqa",
