@@ -49,13 +49,14 @@ class HarnessTasks:
                 f"`tasks: [{PREFIX}...]` needs lm-eval, which cannot be imported ({error}): "
                 "pip install 'afterglow[lm-eval]'."
             ) from error
-        self._manager: Any = TaskManager()
+        # The index of lm-eval's own tasks takes a while, and files need none.
+        self._manager: Any = TaskManager(include_defaults=not all(map(_is_task_file, names)))
         self._options = dict(options)
         self._tasks = {name: self._load(name) for name in names}
 
     def _load(self, name: str) -> Any:
         known = self._manager.all_tasks
-        if name not in known and not (name.endswith(".yaml") and Path(name).is_file()):
+        if name not in known and not _is_task_file(name):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             raise RecipeError(
                 f"`tasks`: lm-eval has no task {name!r}, and there is no such task file in {Path.cwd()}."
@@ -79,6 +80,10 @@ class HarnessTasks:
             results[name] = {key: found[key] for key in ("results", "samples", "versions", "higher_is_better")}
         log.close()
         write_atomic(folder / RESULTS_FILE, json.dumps(results, ensure_ascii=False, default=str) + "\n")
+
+
+def _is_task_file(name: str) -> bool:
+    return name.endswith(".yaml") and Path(name).is_file()
 
 
 class Answers:

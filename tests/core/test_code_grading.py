@@ -139,3 +139,19 @@ def test_outputs_line_by_line():
     assert same_output("1 2\n3\n\n", "1 2 \n3") and same_output("0.50 1e3", "0.5 1000")
     assert not same_output("1\n2", "1 2") and not same_output("", "0") and not same_output("yes", "Yes")
     assert not same_output("1 2", "1") and not same_output("nan", "x") and same_output("", "\n")
+
+
+def test_walls_without_files_of_their_own(monkeypatch):
+    """Landlock lets a session write no file: what is read comes from memory."""
+    from afterglow.core import code_grading
+    from afterglow.core.sandbox_local import LocalSandbox
+
+    monkeypatch.setattr(code_grading, "open_sandbox", lambda config: LocalSandbox(config, ("landlock",)))
+    try:
+        walled = CodeGrader(SandboxConfig()).__enter__()
+    except SandboxError as error:
+        pytest.skip(f"no Landlock here: {error}")
+    with walled:
+        assert walled.grade(block("print(int(input()) * 2)"), DOUBLE).correct
+        assert walled.grade(block("import sys\nprint(int(sys.stdin.buffer.read()) * 2)"), DOUBLE).correct
+        assert walled.grade(block("def add(xs, y):\n    return [x + y for x in xs]"), ADD).correct
