@@ -55,11 +55,8 @@ def write_card(folder: Path, training: "Training", manifest: Mapping[str, Any], 
     versions = {name: manifest["versions"][name] for name in VERSIONS if name in manifest["versions"]}
     made = [f"Made from `{base or training.model.model_name_or_path}` by `method: {method}` of afterglow "]
     made += [metadata.version("afterglow"), commit]
-    made += (
-        [f", after {paper['title']}, [{paper['id']}](https://huggingface.co/papers/{paper['id']})"]
-        if paper.get("id")
-        else []
-    )
+    if "id" in paper:
+        made.append(f", after {paper['title']}, [{paper['id']}](https://huggingface.co/papers/{paper['id']})")
     inputs = [
         (f"`{key}`", f"`{' '.join([source] if isinstance(source, str) else source)}`", f"`{manifest['data'][key]}`")
         for key, source in training.inputs.items()
@@ -90,13 +87,15 @@ def add_evaluation(evaluation: Path) -> Path | None:
     from ..eval.export import finished_evaluations, model_index, result_section
     from ..eval.report import find_runs
 
+    if not (evaluation / "config.yaml").is_file():
+        return None
+    runs = finished_evaluations([run for run in find_runs(evaluation) if run.path == evaluation])
     config = yaml.safe_load((evaluation / "config.yaml").read_text(encoding="utf-8"))
     path = Path(str(config.get("model"))) / CARD_FILE
-    runs = finished_evaluations([run for run in find_runs(evaluation) if run.path == evaluation])
     if not runs or not path.is_file():
         return None
     try:
-        card = ModelCard.load(path)
+        card: Any = ModelCard.load(path)
     except (ValueError, yaml.YAMLError):
         return None
     if TAG not in (card.data.tags or []):
@@ -116,8 +115,13 @@ def add_evaluation(evaluation: Path) -> Path | None:
 
 def base_model(model: str) -> str | None:
     """Follow a model through the run folders that made it to the one on the hub; None where there is none."""
-    while (manifest := Path(model) / "manifest.json").is_file():
-        model = str(json.loads(manifest.read_text(encoding="utf-8"))["inputs"]["model_name_or_path"])
+    seen: set[str] = set()
+    while model not in seen and (manifest := Path(model) / "manifest.json").is_file():
+        seen.add(model)
+        inputs = json.loads(manifest.read_text(encoding="utf-8")).get("inputs") or {}
+        if "model_name_or_path" not in inputs:
+            return None
+        model = str(inputs["model_name_or_path"])
     return None if Path(model).exists() or model.count("/") != 1 else model
 
 

@@ -277,9 +277,12 @@ def _save_model(trainer: Any, training: Training, folder: Path) -> None:
     adapter = folder / "adapter"
     trainer.save_model(str(adapter))
     if trainer.args.should_save:
-        # Merged from the files, so that it is the same however the training was spread.
+        # Merged from the files, so that it is the same however the training was spread. ZeRO-3 would split what is
+        # loaded here, and wait for the other processes.
         from peft import AutoPeftModelForCausalLM
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+        unset_hf_deepspeed_config()
         merged: Any = AutoPeftModelForCausalLM.from_pretrained(str(adapter), dtype=training.model.dtype)
         merged.merge_and_unload().save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)

@@ -49,6 +49,8 @@ def test_the_base_is_followed_through_the_runs_that_made_it(tmp_path):
         (tmp_path / name / "manifest.json").write_text(json.dumps({"inputs": {"model_name_or_path": of}}))
     assert base_model(str(tmp_path / "second")) == "org/base"
     assert base_model(str(tmp_path)) is None and base_model("made/by/hand") is None
+    (tmp_path / "manifest.json").write_text(json.dumps({"stage": "made", "finished": "now"}))
+    assert base_model(str(tmp_path)) is None, "made from nothing"
 
 
 def test_what_cannot_be_written_stops_nothing(tmp_path, tiny_folder, capsys):
@@ -96,6 +98,7 @@ def test_an_evaluation_puts_its_table_in(trained, tmp_path, evaluate_twice):
 
 
 def test_cards_of_others_stay_as_they_are(trained, tmp_path, tiny_folder, evaluate_twice):
+    assert add_evaluation(tmp_path) is None, "no run folder"
     folder = evaluate_twice("one", tiny_folder, right=True)
     assert add_evaluation(folder) is None and not (tiny_folder / "README.md").exists()
     config = yaml.safe_load((folder / "config.yaml").read_text())
