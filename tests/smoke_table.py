@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import shutil
 import sys
 import time
@@ -28,7 +29,7 @@ from vllm_server import free_port
 
 from afterglow.core.errors import AfterglowError
 from afterglow.core.provenance import describe_machine, describe_versions
-from afterglow.core.recipe import Section
+from afterglow.core.recipe import Section, read_recipe
 from afterglow.core.run_folder import JsonlLog, write_atomic
 from afterglow.launch.processes import PROCESSES, Setup, accelerate_command, without_gpus
 from afterglow.launch.recipe_shelf import packaged_recipes, verb_of_text
@@ -39,8 +40,10 @@ KINDS = {
     "ddp": ("MULTI_GPU", "MULTI_CPU"), "fsdp2": ("FSDP", "FSDP"), "zero2": ("DEEPSPEED", "DEEPSPEED"),
     "zero3": ("DEEPSPEED", "DEEPSPEED"),
 }  # fmt: skip
-# FSDP2 and DeepSpeed must not hear of `use_cpu`, without which transformers refuses `bf16` where there is no GPU.
+# FSDP2 and DeepSpeed must not hear of `use_cpu`, without which transformers refuses `bf16` where there is no GPU. RLVR
+# has a head in float32; under bf16 accelerate makes the rest of FSDP2's weights so too, here the recipe must say it.
 ON_GLOO = {"use_cpu": False, "ddp_backend": "gloo", "bf16": False}
+RLVR_ON_GLOO = ON_GLOO | {"dtype": "float32"}
 TWO_STEPS, REFUSED, FAILED = "two steps", "refused", "failed"
 SIGNS = {TWO_STEPS: "✓", REFUSED: "refused", FAILED: "**failed**"}
 CELL_SECONDS, OTHER_SECONDS = 300, 20  # before a cell, or the second process of one that failed, is ended
@@ -66,6 +69,13 @@ def environment(config: str) -> dict[str, str]:
     own = {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"} if kind == "FSDP" else without_gpus(setup)
     port = str(free_port())
     return added | own | {PROCESSES: "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def changes(name: str, config: str) -> dict[str, Any]:
+    """Return what a recipe must say otherwise where there is no GPU."""
+    if config == "ddp":
+        return {}
+    return RLVR_ON_GLOO if read_recipe(name).values["method"].endswith("rlvr") else ON_GLOO
 
 
 def take_the_cpu_for_a_gpu() -> None:
@@ -150,7 +160,7 @@ def _joint(outcomes: list[tuple[str, str] | None], ranks: list[Any]) -> tuple[st
     return outcomes[0] or (FAILED, "")
 
 
-def fill(folder: Path, recipes: Iterable[str], work: Callable[[Section, str], None] = train_cell) -> list[dict]:
+def fill(folder: Path, recipes: list[str], work: Callable[[Section, str], None] = train_cell) -> list[dict]:
     """Run the cells that are not there yet, or failed, and return all rows that the folder holds, the newest last."""
     cells = JsonlLog(folder / "cells.jsonl")
     done = {(row["recipe"], row["config"]) for row in cells.rows() if row["result"] != FAILED}
@@ -160,7 +170,7 @@ def fill(folder: Path, recipes: Iterable[str], work: Callable[[Section, str], No
             if (name, config) in done:
                 continue
             start = time.monotonic()
-            section = smoke.section(name, folder / "work", {} if config == "ddp" else ON_GLOO)
+            section = smoke.section(name, folder / "work", changes(name, config))
             logs = folder / "logs" / f"{name.replace('/', '-').removesuffix('.yaml')}-{config}"
             result, reason = in_two_processes(lambda s=section, c=config: work(s, c), environment(config), logs)
             shutil.rmtree(folder / "work", ignore_errors=True)
@@ -181,7 +191,7 @@ def table(rows: Iterable[dict]) -> str:
         signs = []
         for config in KINDS:
             row = found.get((name, config))
-            reason = " ".join(row["reason"].split()) if row else ""
+            reason = re.sub(r"^\S+\.yaml:\d+: ", "", " ".join(row["reason"].split())) if row else ""
             number = f" ({notes.setdefault(reason, len(notes) + 1)})" if reason else ""
             signs.append((SIGNS[row["result"]] if row else "not run") + number)
         lines.append(f"| `{name.removesuffix('.yaml')}` | {' | '.join(signs)} |")

@@ -48,3 +48,10 @@ def test_the_readme_names_the_folders_of_the_shelf():
     table = re.findall(r"`recipes/(\w+)/`", (ROOT / "README.md").read_text())
     folders = {name.split("/")[0] for name in packaged_recipes()}
     assert set(table) <= folders and {*MODELS, "filters", "eval"} <= set(table)
+
+
+def test_the_smoke_table_names_recipes_that_are():
+    text = (ROOT / "docs" / "smoke.md").read_text()
+    named = {f"{name}.yaml" for name in re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)}
+    assert len(named) > 50 and named <= set(packaged_recipes())
+    assert "| recipe | ddp | fsdp2 | zero2 | zero3 |" in text

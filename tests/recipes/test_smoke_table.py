@@ -71,7 +71,7 @@ def test_cells_are_kept_and_what_failed_is_run_again(tmp_path, monkeypatch):
         with ran.open("a") as file:
             file.write(f"{config}\n")
         if config == "zero2":
-            refuse()
+            raise RecipeError("/some/where/a.yaml:3: the\nreason")
         assert config != "fsdp2" or not broken.exists()
 
     rows = fill(tmp_path, [name], work)
@@ -87,16 +87,16 @@ def test_cells_are_kept_and_what_failed_is_run_again(tmp_path, monkeypatch):
         "|---|---|---|---|---|",
         "| `glow/qwen3-8b-base-openmath` | ✓ | ✓ | refused (1) | ✓ |",
         "",
-        "1. StableUN needs the whole gradient",
+        "1. the reason",
     ]
     assert smoke_table.summary(rows).startswith("4 cells: 3 two steps, 1 refused, 0 failed; ")
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_recipe_trains_in_two_real_processes(tmp_path):
+def test_a_recipe_with_an_adapter_trains_in_two_real_processes(tmp_path):
     script = Path(smoke_table.__file__)
-    subprocess.run([sys.executable, str(script), str(tmp_path), "tofu-qwen3-4b-npo"], check=True, timeout=250)
+    subprocess.run([sys.executable, str(script), str(tmp_path), "zephyr-7b-npo"], check=True, timeout=250)
     rows = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
     assert [(row["config"], row["result"], row["reason"]) for row in rows] == [(name, TWO_STEPS, "") for name in KINDS]
     assert "4 two steps, 0 refused, 0 failed" in (tmp_path / "table.md").read_text()
