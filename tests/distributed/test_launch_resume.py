@@ -71,23 +71,57 @@ def test_a_killed_rank_ends_the_training_and_nothing_is_lost(tmp_path, tiny_fold
     assert manifest["resumed"] and manifest["world_size"] == 1
 
 
-def test_two_machines_train_what_one_does(tmp_path, tiny_folder):
-    """The command that a rendered script runs on each machine; here both are this one."""
-    keys = KEYS | {"num_train_epochs": 3}
-    assert main(["train", str(training_recipe(tmp_path, tiny_folder, "one", **keys))]) == 0
-    recipe = training_recipe(tmp_path, tiny_folder, "two", **keys, per_device_train_batch_size=2)
+def test_ranks_end_with_their_launcher(tmp_path, tiny_folder):
+    halves = {"per_device_train_batch_size": 2, "num_train_epochs": 400}
+    process = train(training_recipe(tmp_path, tiny_folder, **KEYS | halves), "--num_processes", "2")
+    wait_for(tmp_path / "run" / "checkpoint-20" / "complete", process)
+    ranks = [rank(number, process) for number in (0, 1)]
+    ranks[0].parent().send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive and "the same command goes on" in process.communicate()[1].replace("\n", " ")
+
+
+def machines(recipe) -> list[subprocess.Popen]:
+    """Start the command that a rendered script runs on each of two machines; here both are this one."""
     words = ["--accelerate_config", "cpu", "--num_processes", "2", "--num_machines", "2"]
     words += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    machines = [train(recipe, *words, "--machine_rank", str(number), start_new_session=True) for number in (0, 1)]
+    return [train(recipe, *words, "--machine_rank", str(number), start_new_session=True) for number in (0, 1)]
+
+
+def end(started: list[subprocess.Popen]) -> None:
+    for machine in started:
+        if machine.poll() is None:
+            os.killpg(machine.pid, signal.SIGKILL)
+
+
+def test_two_machines_train_what_one_does(tmp_path, tiny_folder):
+    keys = KEYS | {"num_train_epochs": 3}
+    assert main(["train", str(training_recipe(tmp_path, tiny_folder, "one", **keys))]) == 0
+    started = machines(training_recipe(tmp_path, tiny_folder, "two", **keys, per_device_train_batch_size=2))
     try:
-        errors = [machine.communicate()[1] for machine in machines]
+        errors = [machine.communicate()[1] for machine in started]
     finally:
-        for machine in machines:
-            if machine.poll() is None:
-                os.killpg(machine.pid, signal.SIGKILL)
-    assert [machine.returncode for machine in machines] == [0, 0], errors
+        end(started)
+    assert [machine.returncode for machine in started] == [0, 0], errors
     assert json.loads((tmp_path / "two" / "manifest.json").read_text())["world_size"] == 2
     assert_same_model(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("killed", ["rank", "launcher"])
+def test_a_machine_that_fails_ends_the_other(tmp_path, tiny_folder, killed):
+    keys = KEYS | {"num_train_epochs": 4000, "per_device_train_batch_size": 2, "save_total_limit": 2}
+    started = machines(training_recipe(tmp_path, tiny_folder, **keys))
+    try:
+        wait_for(tmp_path / "run" / "checkpoint-20" / "complete", started[0])
+        of_second = rank(1, started[1])
+        (of_second if killed == "rank" else of_second.parent()).send_signal(signal.SIGKILL)
+        begin = time.monotonic()
+        errors = [machine.communicate(timeout=120)[1].replace("\n", " ") for machine in started]
+        print(f"the {killed} of a machine killed: both ended after {time.monotonic() - begin:.1f} s", file=sys.stderr)
+    finally:
+        end(started)
+    assert all(machine.returncode for machine in started)
+    assert all("the same command goes on from the last checkpoint" in error for error in errors), errors
 
 
 @pytest.mark.timeout(900)  # DeepSpeed compiles its optimizer once
