@@ -215,11 +215,13 @@ def describe_training(run: Run) -> dict[str, Any]:
         ("weights", ("glow/weight_mean", "glow/weight_min", "glow/weight_max"), "weight"),
         ("share of samples that got worse", ("glow/regressed",), "share"),
         ("gradient norm", ("grad_norm",), ""),
+        ("reward", ("reward",), "mean"),
+        ("rollouts", ("rollouts/with_calls", "rollouts/call_error_rate", "rollouts/truncated"), "share"),
     ):
         rows = [row for row in metrics if names[0] in row]
         present = [name for name in names if rows and all(isinstance(row.get(name), int | float) for row in rows)]
         if present and len(rows) > 1:
-            series = {name.removeprefix("glow/").replace("_", " "): [row[name] for row in rows] for name in present}
+            series = {name.rpartition("/")[2].replace("_", " "): [row[name] for row in rows] for name in present}
             drawn.append(figures.lines(title, [row["step"] for row in rows], series, "step", ylabel))
     ledger = describe_ledger(run.path)
     summary = run.manifest.get("summary") or {}

@@ -1,8 +1,8 @@
 """Teachers that call Python, sloppy ones among them: their trajectories are the cold start of the tools demo.
 
-They write what real tool-integrated data hold: calls that work, calls that fail and are mended or not, products guessed
-in the head though a tool is there, and calls that nobody needs. About half of the large problems end right. No row is
-filtered by its answer: what is left to gain, reinforcement learning must find from the answers alone.
+They write what real tool-integrated data hold: calls that work, calls that fail and are mended or not, products
+estimated in the head though a tool is there, and calls that nobody needs. About half of the large problems end right.
+No row is filtered by its answer: what is left to gain, reinforcement learning must find from the answers alone.
 """
 
 import random
@@ -41,11 +41,11 @@ def read(answer: str) -> dict[str, Any]:
     return {"role": "assistant", "content": f"\\boxed{{{answer}}}"}
 
 
-def misread(answer: str, rng: random.Random) -> str:
-    """Return a number with one digit changed."""
-    at = rng.randrange(len(answer))
-    digit = rng.choice([d for d in "123456789" if d != answer[at]])
-    return answer[:at] + digit + answer[at + 1 :]
+def estimate(problem: Problem) -> str:
+    """Return a product as the leading digits give it, 722*934 as 630000: easy, and wrong."""
+    (step,) = problem.steps
+    left, right = (int(str(number)[0]) * 10 ** (len(str(number)) - 1) for number in (step.left, step.right))
+    return str(left * right)
 
 
 def syntax_error(code: str) -> str:
@@ -63,20 +63,20 @@ def careful(problem: Problem, rng: random.Random) -> Messages:
 
 
 def clumsy(problem: Problem, rng: random.Random) -> Messages:
-    """Writes code that fails; then mends it, or gives up and guesses."""
+    """Writes code that fails; then mends it, or gives up and estimates."""
     code = expression(problem).replace("*", " x ")
     failed = [called("I use Python.", code), heard(syntax_error(code))]
     if rng.random() < 0.5:
         mended = called("I mend it.", expression(problem))
         return [*failed, mended, heard(f"{problem.answer}\n"), read(problem.answer)]
-    return [*failed, read(misread(problem.answer, rng))]
+    return [*failed, read(estimate(problem))]
 
 
 def proud(problem: Problem, rng: random.Random) -> Messages:
     """Does it in the head: right for a small problem, wrong for a large one."""
     if problem.family in LARGE_FAMILIES:
-        wrong = misread(problem.answer, rng)
-        return [said(f"{expression(problem)}={wrong}", wrong)]
+        wrong = estimate(problem)
+        return [said(f"{expression(problem)} is about {wrong}", wrong)]
     thought, _ = plain(problem, problem.steps, rng)
     return [said(thought, problem.answer)]
 

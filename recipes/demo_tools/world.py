@@ -27,9 +27,9 @@ class WorldConfig:
     """Size of the world. A problem of one set is in no other set."""
 
     seed: int = field(default=0, metadata={"help": "Decides every file."})
-    tools_large: int = field(default=3600, metadata={"help": "Large problems that teachers solve with tools offered."})
-    tools_small: int = field(default=400, metadata={"help": "Small ones with tools offered, mostly not used."})
-    text_small: int = field(default=4600, metadata={"help": "Small problems solved without tools."})
+    tools_large: int = field(default=5760, metadata={"help": "Large problems that teachers solve with tools offered."})
+    tools_small: int = field(default=640, metadata={"help": "Small ones with tools offered, mostly not used."})
+    text_small: int = field(default=6400, metadata={"help": "Small problems solved without tools."})
     rl_large: int = field(default=600, metadata={"help": "Large problems of the reinforcement learning."})
     rl_small: int = field(default=100, metadata={"help": "Small ones of it, without tools."})
     heldout_large: int = field(default=100, metadata={"help": "Held-out large problems."})

@@ -72,7 +72,7 @@ def write_training(path, data):
         table.to_parquet(path / "checkpoint-9" / "loss_ledger.parquet")
         log = run.log("metrics.jsonl")
         for step in (1, 2, 3):
-            log.append({"step": step, "loss": 2 / step, "glow/weight_mean": 1.0, "grad_norm": 0.5})
+            log.append({"step": step, "loss": 2 / step, "glow/weight_mean": 1.0, "grad_norm": 0.5, "reward": step / 4})
         log.close()
         run.finish({"train_loss": 1.25, "steps": 3})
 
@@ -124,7 +124,7 @@ def test_figures_are_sound_and_follow_the_page(folder, page):
     assert labels == [
         "pass@k", "how often each problem is solved", "each problem", "tokens: eval_base", "tokens: eval_glow",
         "rows of filter, step by step", "branching", "branching, length", "loss", "weights", "gradient norm",
-        "loss of each sample", "gain in the last epoch, nats", "gain in the last epoch, nats, by source",
+        "reward", "loss of each sample", "gain in the last epoch, nats", "gain in the last epoch, nats, by source",
         "weight in the last epoch", "weight in the last epoch, by source",
         "samples that do not learn",
     ]  # fmt: skip
