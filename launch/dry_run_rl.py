@@ -25,7 +25,8 @@ def show_rollouts(
     Raises:
         ModelError: the chat template cannot render what the tool protocol needs.
     """
-    print_table("batches", rollout_rows(len(table), args, setup))
+    streamed = hasattr(args, "max_staleness")
+    print_table("batches", (streamed_rows if streamed else rollout_rows)(len(table), args, setup))
     if tokenizer is None:
         return
     protocols: dict[bool, ToolProtocol] = {False: open_protocol(None, tokenizer, None, args.chat_template_kwargs)}
@@ -62,4 +63,24 @@ def rollout_rows(prompts: int, args: Any, setup: Setup) -> dict[str, Any]:
         "steps": f"{steps:,} per pass over the prompts, {steps_in_all:,} in all; {updates:g} per generation batch",
         "tokens of a rollout": f"at most {args.max_completion_length:,}, results of the tool included",
         "engine": ("vLLM, " + args.vllm_mode) if args.use_vllm else "transformers (slow: for small models)",
+    }
+
+
+def streamed_rows(prompts: int, args: Any, setup: Setup) -> dict[str, Any]:
+    """Work out the batch of a training whose rollouts stream from a server."""
+    processes, accumulation = setup.processes, args.gradient_accumulation_steps
+    batch = f"{args.per_device_train_batch_size} per device x {accumulation} x {processes}"
+    rollouts = args.per_device_train_batch_size * accumulation * processes
+    by_tokens = (
+        "rows of `token_budget` tokens (default: the server's context) take the place of these counts"
+        if args.token_budget is None or args.token_budget > 0
+        else f"{batch} = {rollouts} rollouts that train, of groups of {args.num_generations}"
+    )
+    return {
+        "prompts": prompts,
+        "processes": f"{processes} ({setup.name})",
+        "step": by_tokens,
+        "steps": f"{args.max_steps:,}; a rollout trains at most {args.max_staleness} updates after it began",
+        "tokens of a rollout": f"at most {args.max_completion_length:,}, results of the tool included",
+        "engine": f"vLLM server {args.vllm_server_base_url}",
     }

@@ -27,6 +27,7 @@ METHODS = {
     "glow": ("afterglow.trainers.glow", "GLOWConfig", "GLOWTrainer"),
     "sft": ("trl", "SFTConfig", "SFTTrainer"),
     "tool_rlvr": ("afterglow.trainers.tool_rlvr", "ToolRLVRConfig", "ToolRLVRTrainer"),
+    "async_tool_rlvr": ("afterglow.trainers.async_tool_rlvr", "AsyncToolRLVRConfig", "AsyncToolRLVRTrainer"),
     "unlearn": ("afterglow.trainers.unlearning", "UnlearnConfig", "UnlearnTrainer"),
     "stable_unlearn": ("afterglow.trainers.stable_unlearning", "StableUnlearnConfig", "StableUnlearnTrainer"),
 }
@@ -72,7 +73,7 @@ class Training:
     @property
     def columns(self) -> tuple[str, ...]:
         """What its trainer reads of a row."""
-        return RL_COLUMNS if self.stage.method == "tool_rlvr" else COLUMNS
+        return RL_COLUMNS if self.stage.method.endswith("tool_rlvr") else COLUMNS
 
     @property
     def state(self) -> Any:

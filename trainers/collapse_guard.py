@@ -9,11 +9,13 @@ nothing in 2510.13786, so it warns and does not stop.
 
 import json
 import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..core.errors import RecipeError
+from ..core.errors import CollapseError, RecipeError
 from ..core.run_folder import write_atomic
 
 FILE = "collapse_guard.json"
@@ -174,3 +176,36 @@ class CollapseGuard:
             state[key] for key in ("seen", "smoothed", "start", "best")
         )
         self.good = state["good"]
+
+
+def heed(trainer: Any, findings: Sequence[Finding], logs: dict[str, float]) -> None:
+    """Do what the recipe's `guard` says about the findings of a step, and count them in its log.
+
+    Args:
+        trainer: a trainer with `last_good`, the checkpoint that a rollback returns to, or None.
+        findings: those that stop first, as `CollapseGuard.look` returns them.
+        logs: the step's log, which two counts are added to.
+
+    Raises:
+        CollapseError: a stop limit is crossed and the run cannot, or shall not, be rolled back.
+    """
+    logs["guard/warnings"] = sum(found.level == "warn" for found in findings)
+    logs["guard/stops"] = sum(found.level == "stop" for found in findings)
+    if not findings:
+        return
+    text = f"step {trainer.state.global_step}: " + "; ".join(f"{found.alarm}: {found.text}" for found in findings)
+    if findings[0].level == "warn" or trainer.args.guard == "warn":
+        warnings.warn(text, stacklevel=3)
+        return
+    good = trainer.last_good
+    if trainer.args.guard == "roll_back" and good:
+        warnings.warn(f"{text}. The run ends with the weights of {good}.", stacklevel=3)
+        trainer.state.best_model_checkpoint, trainer.args.load_best_model_at_end = good, True
+        trainer.control.should_training_stop = True
+        return
+    raise CollapseError(
+        f"the policy collapsed at {text}. "
+        + (f"The last good checkpoint is {good}. " if good else "There is no good checkpoint yet. ")
+        + "Lower `learning_rate`, raise the batch, or set other `guard_limits`; `guard: roll_back` ends such a run "
+        "with the last good weights."
+    )

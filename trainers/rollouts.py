@@ -1,14 +1,19 @@
 """The rollouts of a batch of prompts in training: driven together over all processes, graded, and chosen from."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 
 from ..core.answer_extraction import find_answer
+from ..core.errors import DataError
 from ..core.grading import Grade, Grader
+from ..core.progress import progress
 from ..core.rollout import Rollout
 from ..core.trajectory import content_hash, final_text
 from .rl_losses import call_penalties, resample_on_correct
@@ -54,6 +59,56 @@ class GradedRollout:
             rollout.tool_seconds,
             0 if answer is None else int(content_hash(answer), 16) >> 11,  # exact in a float64
         ]
+
+
+def has_tools(row: dict[str, Any], tools: str) -> bool:
+    """Say whether the rollouts of a row may call, by the recipe's key `tools` and the row's column."""
+    return tools == "python" and ("tools" not in row or row["tools"] not in (None, [], "", "[]"))
+
+
+def any_has_tools(table: Dataset, tools: str) -> bool:
+    """Say whether any row of a table may call."""
+    rows: Any = table.select_columns("tools") if "tools" in table.column_names else [{}]
+    return any(has_tools(row, tools) for row in rows)
+
+
+def gradable_rows(table: Dataset, grader: Grader, state: Any) -> Dataset:
+    """Leave out, and count in a warning, the rows whose gold answer nothing can be graded against.
+
+    Args:
+        table: `id`, `prompt`, `answer`.
+        grader: decides it.
+        state: accelerate's, or None; the first process decides for all.
+
+    Raises:
+        DataError: a column is missing, or no row is left.
+    """
+    missing = {"id", "prompt", "answer"} - set(table.column_names)
+    if missing:
+        raise DataError(
+            f"train_dataset: the column `{min(missing)}` is missing (columns: {', '.join(table.column_names)})."
+        )
+    found: list[Any] = [None]
+    if state is None or state.is_main_process:
+        with progress("check answers", len(table)) as bar:
+            faults = []
+            for gold in table["answer"]:
+                faults.append("no answer" if gold is None else grader.check_gold(gold))
+                bar.advance()
+        found = [faults]
+    if state is not None and state.num_processes > 1:
+        broadcast_object_list(found)
+    kept = [row for row, fault in enumerate(found[0]) if fault is None]
+    if not kept:
+        raise DataError(f"train_dataset: no answer can be graded ({found[0][0] if found[0] else 'no rows'}).")
+    if len(kept) < len(table):
+        row = next(row for row, fault in enumerate(found[0]) if fault is not None)
+        warnings.warn(
+            f"{len(table) - len(kept)} of {len(table)} prompts are left out, since their answer cannot be graded; the "
+            f"first is {table[row]['id']!r}: {found[0][row]}.",
+            stacklevel=4,
+        )
+    return table.select(kept)
 
 
 def seed_of(*parts: Any) -> int:

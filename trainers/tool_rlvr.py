@@ -14,25 +14,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from ..core.checkpoint import Checkpoint
-from ..core.errors import CollapseError, DataError, RunFolderError
+from ..core.errors import RunFolderError
 from ..core.generation import Request, SamplingConfig
 from ..core.grading import Grader
-from ..core.progress import progress
 from ..core.rollout import Rollout, RolloutState, TurnRequest
 from ..core.rollout_runner import TurnReply, run_lockstep
 from ..core.sandbox import open_sandbox
 from ..core.tool_protocol import open_protocol
 from .checkpoints import MarkComplete, checkpoint_folder, last_complete_checkpoint
-from .collapse_guard import CollapseGuard
+from .collapse_guard import CollapseGuard, heed
 from .prompt_curriculum import PromptCurriculum
 from .rl_losses import plan_update
-from .rollouts import MEASURES, choose_on_correct, grade_rollouts, seed_of, summarise
+from .rollouts import (
+    MEASURES,
+    any_has_tools,
+    choose_on_correct,
+    gradable_rows,
+    grade_rollouts,
+    has_tools,
+    seed_of,
+    summarise,
+)
 from .routing_replay import RoutingReplay, lay_out
 from .tool_rlvr_config import ToolRLVRConfig
 from .turn_engines import open_turns, vllm_settings
@@ -93,9 +100,8 @@ class ToolRLVRTrainer(GRPOTrainer):
 
     def __init__(self, model: Any, args: ToolRLVRConfig, train_dataset: Dataset, **kwargs: Any):
         self.grader = Grader(extract=args.extract)
-        train_dataset = self._check_rows(train_dataset, args)
-        rows: Any = train_dataset.select_columns("tools") if "tools" in train_dataset.column_names else [{}]
-        tooled = any(self._has_tools(row, args) for row in rows)
+        train_dataset = gradable_rows(train_dataset, self.grader, args.distributed_state)
+        tooled = any_has_tools(train_dataset, args.tools)
         self._sandbox: Any = open_sandbox(args) if tooled else None
         with vllm_settings(args):
             super().__init__(model, reward_funcs=correct, args=args, train_dataset=train_dataset, **kwargs)
@@ -120,41 +126,6 @@ class ToolRLVRTrainer(GRPOTrainer):
 
     # -----------------------------------------------------------------------------------------------------------------
     # data
-
-    @staticmethod
-    def _has_tools(row: dict, args: ToolRLVRConfig) -> bool:
-        return args.tools == "python" and ("tools" not in row or row["tools"] not in (None, [], "", "[]"))
-
-    def _check_rows(self, table: Dataset, args: ToolRLVRConfig) -> Dataset:
-        """Leave out, and count, the rows whose gold answer nothing can be graded against."""
-        missing = {"id", "prompt", "answer"} - set(table.column_names)
-        if missing:
-            raise DataError(
-                f"train_dataset: the column `{min(missing)}` is missing (columns: {', '.join(table.column_names)})."
-            )
-        state: Any = args.distributed_state
-        found: list[Any] = [None]
-        if state is None or state.is_main_process:
-            with progress("check answers", len(table)) as bar:
-                faults = []
-                for gold in table["answer"]:
-                    faults.append("no answer" if gold is None else self.grader.check_gold(gold))
-                    bar.advance()
-            found = [faults]
-        if state is not None and state.num_processes > 1:
-            broadcast_object_list(found)
-        kept = [row for row, fault in enumerate(found[0]) if fault is None]
-        self.left_out = len(table) - len(kept)
-        if not kept:
-            raise DataError(f"train_dataset: no answer can be graded ({found[0][0] if found[0] else 'no rows'}).")
-        if self.left_out:
-            row = next(row for row, fault in enumerate(found[0]) if fault is not None)
-            warnings.warn(
-                f"{self.left_out} of {len(table)} prompts are left out, since their answer cannot be graded; the first "
-                f"is {table[row]['id']!r}: {found[0][row]}.",
-                stacklevel=3,
-            )
-        return table.select(kept)
 
     def _new_state(self) -> None:
         args = self.args
@@ -218,7 +189,7 @@ class ToolRLVRTrainer(GRPOTrainer):
         tries = 2 if args.resample_on_correct and self.model.training else 1
         slots = [(row, (first + slot, attempt)) for slot, row in enumerate(rows) for attempt in range(tries)]
         seeds = [seed_of(args.seed, self.curriculum.dealt, *place) for _, place in slots]
-        with_tools = [self._has_tools(row, args) for row, _ in slots]
+        with_tools = [has_tools(row, args.tools) for row, _ in slots]
         made = self._run(list(zip([row for row, _ in slots], seeds, with_tools, strict=True)))
         self._graded = grade_rollouts(made, [str(row["answer"]) for row, _ in slots], self.grader)
         if tries == 2:
@@ -348,25 +319,4 @@ class ToolRLVRTrainer(GRPOTrainer):
 
     def _guard(self, logs: dict[str, float]) -> None:
         metrics = {name: sum(values) / len(values) for name, values in self._metrics["train"].items() if values}
-        findings = self.collapse_guard.look(metrics | logs)
-        logs["guard/warnings"] = sum(found.level == "warn" for found in findings)
-        logs["guard/stops"] = sum(found.level == "stop" for found in findings)
-        if not findings:
-            return
-        step, worst = self.state.global_step, findings[0]
-        text = f"step {step}: " + "; ".join(f"{found.alarm}: {found.text}" for found in findings)
-        if worst.level == "warn" or self.args.guard == "warn":
-            warnings.warn(text, stacklevel=2)
-            return
-        good = self.last_good
-        if self.args.guard == "roll_back" and good:
-            warnings.warn(f"{text}. The run ends with the weights of {good}.", stacklevel=2)
-            self.state.best_model_checkpoint, self.args.load_best_model_at_end = good, True
-            self.control.should_training_stop = True
-            return
-        raise CollapseError(
-            f"the policy collapsed at {text}. "
-            + (f"The last good checkpoint is {good}. " if good else "There is no good checkpoint yet. ")
-            + "Lower `learning_rate`, raise the batch, or set other `guard_limits`; `guard: roll_back` ends such a run "
-            "with the last good weights."
-        )
+        heed(self, self.collapse_guard.look(metrics | logs), logs)

@@ -15,12 +15,8 @@ TOKEN_SUMS = ("cispo", "dapo", "vespo")  # TRL's losses that are a sum over toke
 
 
 @dataclass
-class ToolRLVRConfig(CollapseGuardConfig, RolloutConfig, SandboxConfig, GRPOConfig):
-    """Configuration of `ToolRLVRTrainer`.
-
-    Where a default differs from TRL's, it is that of ScaleRL (arXiv 2510.13786) or of the tool recipes that followed
-    ReTool; the header of each recipe names what differs from its paper.
-    """
+class ToolRewardConfig:
+    """Which rollouts may call, what is right, and which of them train: the same however they are scheduled."""
 
     tools: Literal["python", "none"] = field(
         default="python",
@@ -31,6 +27,39 @@ class ToolRLVRConfig(CollapseGuardConfig, RolloutConfig, SandboxConfig, GRPOConf
         default="boxed",
         metadata={"help": "Where a final answer is looked for, in the last turn only: `boxed`, `marked` or `last`."},
     )
+    mask_void_turns: bool = field(
+        default=True,
+        metadata={"help": "Rollouts with a turn that neither calls nor answers leave the update and stay in their "
+                          "group's mean."},
+    )  # fmt: skip
+    mask_truncated_completions: bool = field(
+        default=True,
+        metadata={"help": "Rollouts that did not end by themselves (length, tool limit, sandbox error) leave the "
+                          "update and stay in their group's mean. TRL's own sees only a missing end token."},
+    )  # fmt: skip
+    retire_pass_rate: float | None = field(
+        default=0.9, metadata={"help": "A prompt whose pass rate reaches this is never shown again; null: none is."}
+    )
+
+    def __post_init__(self):
+        problems = []
+        for name, known in (("tools", ("python", "none")), ("extract", ("boxed", "marked", "last"))):
+            if getattr(self, name) not in known:
+                problems.append(f"{name} is {getattr(self, name)!r}: use one of {', '.join(known)}")
+        if self.retire_pass_rate is not None and not 0 < self.retire_pass_rate <= 1:
+            problems.append(f"retire_pass_rate is {self.retire_pass_rate}: above 0, at most 1; null retires none")
+        if problems:
+            raise RecipeError("; ".join(problems))
+
+
+@dataclass
+class ToolRLVRConfig(ToolRewardConfig, CollapseGuardConfig, RolloutConfig, SandboxConfig, GRPOConfig):
+    """Configuration of `ToolRLVRTrainer`.
+
+    Where a default differs from TRL's, it is that of ScaleRL (arXiv 2510.13786) or of the tool recipes that followed
+    ReTool; the header of each recipe names what differs from its paper.
+    """
+
     loss_aggregation: Literal["prompt", "token"] = field(
         default="prompt",
         metadata={"help": "What the loss is a mean over, in the whole generation batch: `prompt` (the mean over "
@@ -39,14 +68,6 @@ class ToolRLVRConfig(CollapseGuardConfig, RolloutConfig, SandboxConfig, GRPOConf
     drop_zero_variance: bool = field(
         default=True,
         metadata={"help": "Groups with equal rewards leave the loss and its denominator; false: only the loss."},
-    )
-    mask_void_turns: bool = field(
-        default=True,
-        metadata={"help": "Rollouts with a turn that neither calls nor answers leave the update and stay in their "
-                          "group's mean."},
-    )  # fmt: skip
-    retire_pass_rate: float | None = field(
-        default=0.9, metadata={"help": "A prompt whose pass rate reaches this is never shown again; null: none is."}
     )
     resample_on_correct: bool = field(
         default=False,
@@ -76,11 +97,6 @@ class ToolRLVRConfig(CollapseGuardConfig, RolloutConfig, SandboxConfig, GRPOConf
             "choices": ["batch", "group", "none"],
         },
     )
-    mask_truncated_completions: bool = field(
-        default=True,
-        metadata={"help": "Rollouts that did not end by themselves (length, tool limit, sandbox error) leave the "
-                          "update and stay in their group's mean. TRL's own sees only a missing end token."},
-    )  # fmt: skip
     num_generations: int | None = field(default=16, metadata={"help": "Rollouts of a prompt."})
     max_completion_length: int | None = field(
         default=16_384, metadata={"help": "Longest rollout in tokens, results of the tool included."}
@@ -103,14 +119,13 @@ class ToolRLVRConfig(CollapseGuardConfig, RolloutConfig, SandboxConfig, GRPOConf
 
     def __post_init__(self):
         """Refuse what cannot work or would be something else than it says; then what TRL checks."""
+        ToolRewardConfig.__post_init__(self)
         CollapseGuardConfig.__post_init__(self)
         RolloutConfig.__post_init__(self)
         SandboxConfig.__post_init__(self)
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)  # pyright: ignore[reportArgumentType, reportCallIssue]
         problems = []
         for name, known in (
-            ("tools", ("python", "none")),
-            ("extract", ("boxed", "marked", "last")),
             ("loss_aggregation", ("prompt", "token")),
             ("scale_rewards", ("batch", "group", "none")),
         ):
@@ -121,8 +136,6 @@ class ToolRLVRConfig(CollapseGuardConfig, RolloutConfig, SandboxConfig, GRPOConf
                 f"loss_type is {self.loss_type}: its denominator is not the trained tokens of the global batch, so "
                 f"what is masked would still count. Use one of {', '.join(TOKEN_SUMS)}"
             )
-        if self.retire_pass_rate is not None and not 0 < self.retire_pass_rate <= 1:
-            problems.append(f"retire_pass_rate is {self.retire_pass_rate}: above 0, at most 1; null retires none")
         if self.routing_replay and not (self.use_vllm and self.vllm_mode == "colocate"):
             problems.append("routing_replay needs the engine in the trainer: use_vllm: true, vllm_mode: colocate")
         if self.use_transformers_continuous_batching:

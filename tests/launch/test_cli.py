@@ -76,7 +76,8 @@ def test_every_wrong_key_is_named_with_its_line(tmp_path, tiny_folder, capsys):
     [
         (
             {"method": "glou"},
-            "`method`: 'glou' is none of glow, sft, tool_rlvr, unlearn, stable_unlearn; did you mean glow?",
+            "`method`: 'glou' is none of glow, sft, tool_rlvr, async_tool_rlvr, unlearn, stable_unlearn; did you mean "
+            "glow?",
         ),
         ({"method": None}, "`method`"),
         ({"model_name_or_path": None}, "`model_name_or_path` is missing"),

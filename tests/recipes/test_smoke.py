@@ -9,7 +9,10 @@ from afterglow.launch.recipe_shelf import packaged_recipes, verb_of_text
 
 VERBS = {name: verb_of_text(path.read_text()) for name, path in packaged_recipes().items()}
 # Pipelines chain recipes that stand here. What needs no model, a server, a ledger or longer rows has its own tests.
-ELSEWHERE = ("diagnostics/", "filters/judge-branching.yaml", "filters/coreset-", "filters/clean-text.yaml")
+ELSEWHERE = (
+    "diagnostics/", "filters/judge-branching.yaml", "filters/coreset-", "filters/clean-text.yaml",
+    "tool_rlvr/scalerl-8b-async.yaml",
+)  # fmt: skip
 SMOKED = [name for name, verb in VERBS.items() if verb not in (None, "run") and not name.startswith(ELSEWHERE)]
 FEW = [
     "glow/qwen2.5-7b-openmath.yaml",

@@ -10,6 +10,9 @@ from tiny_sft import TOKENIZER, chats, settings
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, pack_dataset
 from trl.distributed import DistributedBackend
+from trl.experimental.async_grpo import AsyncGRPOTrainer
+from trl.experimental.async_grpo.async_grpo_trainer import RolloutWorkerProtocol
+from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -27,12 +30,24 @@ OVERRIDDEN = {
     Trainer.get_batch_samples: "epoch_iterator num_batches device",
     Trainer.train: "resume_from_checkpoint trial ignore_keys_for_eval",
     DataCollatorForLanguageModeling.torch_call: "examples",
+    AsyncGRPOTrainer.compute_loss: "model inputs return_outputs num_items_in_batch",
+    RolloutWorkerProtocol.start: "",
+    RolloutWorkerProtocol.stop: "",
+    RolloutWorkerProtocol.update_model_version: "model_version",
+    RolloutWorkerProtocol.check_health: "stale_after_s",
 }
 
 
 @pytest.mark.parametrize("method", OVERRIDDEN, ids=lambda method: method.__qualname__)
 def test_signature(method):
     assert list(inspect.signature(method).parameters)[1:] == OVERRIDDEN[method].split()
+
+
+def test_a_streamed_sample_is_what_ours_fill_in():
+    assert list(inspect.signature(RolloutSample).parameters) == [
+        "prompt", "completion", "input_ids", "completion_mask", "old_log_probs", "advantage", "model_version",
+        "group_id", "metrics", "enqueued_at",
+    ]  # fmt: skip
 
 
 def test_the_loss_comes_from_log_probs_of_one_call_of_the_model(tmp_path):
