@@ -9,6 +9,7 @@ from ..eval.uncertainty import mean_interval, mean_over_seeds
 from .results import Results
 from .study import Difference, Study, deciding_differences, difference, reason, verdict
 
+BASE = "base"  # the arm that is the model before training
 START, END = "<!-- evidence: made by python -m afterglow.evidence -->", "<!-- /evidence -->"
 STATED = {
     True: "which has not changed since the commit of the first run",
@@ -32,7 +33,7 @@ def study_page(name: str, study: Study, results: Results) -> str:
     samples = results.problems[0]["n"]
     parts = [
         f"# {study.title}",
-        f"**{said.capitalize()} at this scale**: {reason(study, deciding)}.",
+        f"**{said.capitalize()} at this scale**: {reason(study, deciding)}.{_remark(study, results)}",
         f"Made by `python -m afterglow.evidence` from the rows in `evidence/results/{name}`, by the statement in "
         f"`recipes/evidence/{name}.yaml`, {STATED[about['stated_before']]}.",
         "## Claim",
@@ -88,7 +89,10 @@ def overview(found: Mapping[str, tuple[Study, Results | None]], folder: str, all
         rests = "<br>".join(f"`{one.other}` {_interval(one)}" for one in deciding)
         measured = f"`{study.arm}`, {study.metric} {study.tasks[study.task]}"
         took = f"{_minutes(results.about)} min: `make evidence-{name}`"
-        rows.append([f"[{study.title}]({folder}{name}.md)", verdict(deciding, study.margin), measured, rests, took])
+        said = verdict(deciding, study.margin) + (
+            " (all arms end below the base model)" if _below_base(study, results) else ""
+        )
+        rows.append([f"[{study.title}]({folder}{name}.md)", said, measured, rests, took])
     if not rows:
         return "No study has been run yet."
     return _table(["study", "verdict at this scale", "primary metric", "difference in points from", "rerun"], rows)
@@ -127,6 +131,21 @@ def _seeds(results: Results, arm: str) -> str:
 def _sizes(study: Study, results: Results) -> str:
     counts = {task: len({row["problem_id"] for row in results.problems if row["task"] == task}) for task in study.tasks}
     return "Problems: " + ", ".join(f"{counts[task]} {called}" for task, called in study.tasks.items())
+
+
+def _below_base(study: Study, results: Results) -> bool:
+    """Whether every trained arm scores less than the model before training, by the primary metric."""
+    means = {arm: _mean_of(results, arm, study.task, study.metric) for arm in study.arms if results.seeds(arm)}
+    return BASE in means and means.pop(BASE) > max(means.values())
+
+
+def _remark(study: Study, results: Results) -> str:
+    if not _below_base(study, results):
+        return ""
+    return (
+        f" Every trained arm ends below `{BASE}` on the primary metric: here training costs more than it gives, and "
+        "what is compared are losses. Read the verdict with that in mind."
+    )
 
 
 def _arms(study: Study, results: Results) -> str:

@@ -197,7 +197,8 @@ def _training(stage: Stage | None) -> dict[str, Any]:
     labels = {row["id"]: row["correct"] for row in _json_lines(Path(stage.section().values["data"]))}
     ledger = pd.read_parquet(folder / LEDGER_FILE)
     epochs = [column for column in ledger if str(column).startswith("epoch_")]
-    kinds = pd.Series([{True: "right", False: "wrong"}.get(labels.get(row)) for row in ledger["id"]])
+    names: dict[bool | None, str] = {True: "right", False: "wrong"}
+    kinds = pd.Series([names.get(labels.get(row)) for row in ledger["id"]])
     losses = {kind: of_kind[epochs].mean() for kind, of_kind in ledger.groupby(kinds)}
     tokens = [row["num_tokens"] for row in _json_lines(folder / "metrics.jsonl") if "num_tokens" in row]
     return {

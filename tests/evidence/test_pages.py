@@ -91,6 +91,15 @@ def test_a_page_says_what_was_found_and_on_what():
     assert svg.startswith("<svg") and "<style>" in svg and "a minus b" in svg
 
 
+def test_arms_that_all_lose_to_the_base_model_are_said_to():
+    arms = {"a": [[2, 1]] * 2, "b": [[1, 0]] * 2, "c": [[0, 0]] * 2, "base": [[4, 4]]}
+    statement = study(arms={"a": "the method", "b": "the other", "c": "nothing", "base": "before training"})
+    assert "Every trained arm ends below `base`" in study_page("mine", statement, results(arms))
+    assert "(all arms end below the base model)" in overview({"mine": (statement, results(arms))}, "", all_studies=True)
+    arms["base"] = [[1, 1]]
+    assert "Every trained arm ends below" not in study_page("mine", statement, results(arms))
+
+
 def test_an_overview_needs_the_controls_and_names_what_was_not_run():
     table = overview({"mine": (study(), None)}, "docs/", all_studies=True)
     assert "not run yet" in table and "`make evidence-mine`" in table
