@@ -95,6 +95,7 @@ bench: install ## speed and memory against the plain way, as ratios; writes runs
 	$(BIN)/python benchmarks/sandbox.py
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/grading.py
+	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/filter_scale.py --quick
 	$(BIN)/python benchmarks/unlearning_step.py
 

@@ -1,21 +1,21 @@
 """Step time and peak memory of unlearning: `python benchmarks/unlearning_step.py`.
 
-Two comparisons, each of trainers that take turns, one optimiser step each, in one process, so that whatever else the
-machine does slows all of them down:
+Two comparisons, each of trainers that take turns, one optimiser step each, in one process. Without a GPU each computes
+in one thread, whose processor time is measured: what else the machine does counts for little.
 
 - NPO with stored reference log-probabilities against the same step with a live reference model, as other codebases do;
 - the reconstruction of StableUN (one point; Gaussian, and sharpness-aware) against gradient difference.
 
 With LoRA, and with full fine-tuning; AdamW. The result is the median of the ratios of neighbouring steps. Peak memory
-is that of a process which trains with one of them only, less what it held before it made its model. Writes
-runs/bench/unlearning_step.json.
+is what torch's allocator counts, the model included, in a process that trains with one of them only, with gradient
+checkpointing as in the recipes. Writes runs/bench/unlearning_step.json.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,7 +25,9 @@ import time
 import types
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+os.environ["OMP_NUM_THREADS"] = "1"  # `clock` sees one thread
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -34,6 +36,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig
+from torch.profiler import ProfilerActivity, profile
 from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl.trainer.utils import add_fused_lm_head
 
@@ -42,7 +45,8 @@ from afterglow.recipes.demo.tokenizer import train_tokenizer
 from afterglow.trainers.stable_unlearning import StableUnlearnConfig, StableUnlearnTrainer
 from afterglow.trainers.unlearning import UnlearnConfig, UnlearnTrainer
 
-VOCABULARY, LENGTH, PAIRS, ROWS = 8_192, 128, 2, 8
+VOCABULARY, LENGTH, PAIRS, ROWS = 2_048, 128, 4, 16
+ACCUMULATION = 2  # what a step costs beside its passes is paid once for 2,048 tokens; recipes have about ten thousand
 RESULT = Path("runs/bench/unlearning_step.json")
 
 
@@ -59,7 +63,7 @@ class LiveReference:
     def forget(self) -> None:
         """Nothing is kept from training to training."""
 
-    def compute(self) -> None:
+    def compute(self, epochs: int) -> None:
         """Nothing is computed beforehand."""
 
     def log_probs(self, rows: torch.Tensor) -> torch.Tensor:
@@ -92,6 +96,14 @@ KINDS = {
 RATIOS = {"npo": "npo, live reference", "stable gpn": "graddiff", "stable sap": "graddiff"}
 
 
+def clock() -> float:
+    """Seconds: of this thread's processor time, or of the wall where a GPU does the work."""
+    if not torch.cuda.is_available():
+        return time.thread_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class TakeTurns(TrainerCallback):
     """Lets trainers in threads make one step each in turn, and times the steps after the second."""
 
@@ -102,22 +114,24 @@ class TakeTurns(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Wait for the first turn."""
         self.mine.acquire()
-        self.start = time.perf_counter()
+        self.start = clock()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Note the time, hand over, wait for the next turn."""
         if state.global_step > 2:
-            self.seconds.append(time.perf_counter() - self.start)
+            self.seconds.append(clock() - self.start)
         self.following.release()
         self.mine.acquire()
-        self.start = time.perf_counter()
+        self.start = clock()
 
     def on_train_end(self, args, state, control, **kwargs):
         """Let the others finish too."""
         self.following.release()
 
 
-def make_trainer(kind: str, folder: str, steps: int, width: int, lora: bool, callbacks: list | None = None):
+def make_trainer(
+    kind: str, folder: str, steps: int, width: int, lora: bool, callbacks: list | None = None, **changes: Any
+):
     """A fresh trainer of a kind on random tokens; `width` sets the size of the model."""
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(
@@ -131,14 +145,15 @@ def make_trainer(kind: str, folder: str, steps: int, width: int, lora: bool, cal
     labels = [[-100] * (LENGTH // 4) + row[LENGTH // 4 :] for row in tokens]
     table = Dataset.from_dict({"input_ids": tokens, "labels": labels})
     settings = {
-        "output_dir": folder, "per_device_train_batch_size": PAIRS, "max_steps": steps, "report_to": "none",
-        "save_strategy": "no", "disable_tqdm": True, "max_length": None, "gradient_checkpointing": False,
-        "bf16": torch.cuda.is_available(), "use_cpu": not torch.cuda.is_available(), "optim": "adamw_torch",
+        "output_dir": folder, "per_device_train_batch_size": PAIRS, "gradient_accumulation_steps": ACCUMULATION,
+        "max_steps": steps, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_length": None,
+        "gradient_checkpointing": False, "bf16": torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available(), "optim": "adamw_torch",
     }  # fmt: skip
     trainer, config, keys = KINDS[kind]
     built = trainer(
         model,
-        config(**settings, **keys),
+        config(**settings | keys | changes),
         table.select(range(ROWS)),
         table.select(range(ROWS, 2 * ROWS)),
         processing_class=train_tokenizer(["any text"], 300),
@@ -153,7 +168,7 @@ def compare_times(steps: int, folder: str, lora: bool) -> dict:
     """Train with all kinds, step by step in turn."""
     semaphores = [threading.Semaphore(int(number == 0)) for number in range(len(KINDS))]
     turns = [TakeTurns(mine, semaphores[(n + 1) % len(KINDS)]) for n, mine in enumerate(semaphores)]
-    trainers = [make_trainer(kind, folder, steps, 256, lora, [turn]) for kind, turn in zip(KINDS, turns, strict=True)]
+    trainers = [make_trainer(kind, folder, steps, 192, lora, [turn]) for kind, turn in zip(KINDS, turns, strict=True)]
     threads = [threading.Thread(target=trainer.train) for trainer in trainers]
     for thread in threads:
         thread.start()
@@ -169,15 +184,21 @@ def quartiles(ours: list[float], theirs: list[float]) -> dict[str, float]:
     return {"ratio": median, "quartile_1": quarter, "quartile_3": three_quarters, "steps": len(ours)}
 
 
-def peak_memory() -> float:
-    """Gigabytes: of the GPU where there is one, else resident."""
+def measure_memory(kind: str, folder: str, lora: bool) -> float:
+    """Peak of two steps in gigabytes."""
+    run = {"gradient_accumulation_steps": 1, "gradient_checkpointing": True}
     if torch.cuda.is_available():
+        make_trainer(kind, folder, 2, 1024, lora, **run).train()
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        make_trainer(kind, folder, 2, 1024, lora, **run).train()
+    events: Any = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # pyright: ignore[reportOptionalMemberAccess]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held) / 2**30
 
 
 def compare_memory(lora: bool) -> dict[str, float]:
-    """Peak memory of a process that trains with one of the two, less what it held before it made its model."""
+    """Peak memory of a process that trains with one of the two."""
     peaks = {}
     for kind in ("npo", RATIOS["npo"]):
         command = [sys.executable, __file__, "--memory_of", kind, *(["--lora"] if lora else [])]
@@ -185,6 +206,19 @@ def compare_memory(lora: bool) -> dict[str, float]:
         peaks[kind] = float(run.stdout.split()[-1])
     ours, theirs = peaks.values()
     return {"gb": ours, "live_reference_gb": theirs, "ratio": ours / theirs}
+
+
+def show_times(name: str, ratios: dict) -> None:
+    """Print them."""
+    for kind, found in ratios.items():
+        spread = f"quartiles {found['quartile_1']:.3f} to {found['quartile_3']:.3f}, {found['steps']} steps"
+        print(f"{name}: step of {kind} / {RATIOS[kind]}: {found['ratio']:.3f} ({spread})", flush=True)
+
+
+def show_memory(name: str, found: dict) -> None:
+    """Print it."""
+    sizes = f"{found['gb']:.3f} and {found['live_reference_gb']:.3f} GB"
+    print(f"{name}: peak of npo / npo, live reference: {found['ratio']:.3f} ({sizes})", flush=True)
 
 
 def main() -> None:
@@ -197,24 +231,18 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.memory_of:
-            before = peak_memory()
-            make_trainer(arguments.memory_of, folder, 3, 1024, arguments.lora).train()
-            print(peak_memory() - before)
+            print(measure_memory(arguments.memory_of, folder, arguments.lora))
             return
-        result: dict = {"batch": f"{PAIRS} pairs x {LENGTH} tokens", "time": {}, "memory": {}}
+        result: dict = {"step": f"{ACCUMULATION} x {PAIRS} pairs x 2 x {LENGTH} tokens", "time": {}, "memory": {}}
         for name, lora in (("lora", True), ("full", False)):
-            result["time"][name] = compare_times(arguments.steps, folder, lora)
             result["memory"][name] = compare_memory(lora)
+            show_memory(name, result["memory"][name])
+            result["time"][name] = compare_times(arguments.steps, folder, lora)
+            show_times(name, result["time"][name])
     result["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     result |= {"machine": describe_machine(), "versions": describe_versions()}
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    for name, ratios in result["time"].items():
-        for kind, found in ratios.items():
-            spread = f"quartiles {found['quartile_1']:.3f} to {found['quartile_3']:.3f}, {found['steps']} steps"
-            print(f"{name}: step of {kind} / {RATIOS[kind]}: {found['ratio']:.3f} ({spread})")
-    for name, found in result["memory"].items():
-        print(f"{name}: peak of npo / npo, live reference: {found['ratio']:.3f} ({found['gb']:.2f} GB)")
     print(f"written to {RESULT}")
 
 

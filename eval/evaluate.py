@@ -37,7 +37,7 @@ from ..core.run_folder import RunFolder
 from ..core.sandbox import Sandbox, SandboxConfig, open_sandbox
 from ..core.tool_protocol import ToolProtocol, open_protocol
 from ..core.trajectory import content_hash
-from .lm_eval_bridge import PREFIX, RESULTS_FILE, HarnessTasks, harness_scores, show_harness
+from .lm_eval_bridge import PREFIX, RESULTS_FILE, HarnessTasks, harness_scores, is_task_file, show_harness
 from .sampling import (
     SAMPLES_FILE,
     Job,
@@ -260,7 +260,9 @@ class _Evaluation:
         return "python" in self.modes or any(task.grader == "code" for task in self.tasks)
 
     def _inputs(self) -> dict[str, str | list[str]]:
-        return {f"task {name}": files for name, files in self.sources.items()} | {"model": self.engine.model}
+        own = {f"task {name}": files for name, files in self.sources.items()}
+        harness = {f"{PREFIX}{name}": name for name in self.harness if is_task_file(name)}
+        return {**own, **harness, "model": self.engine.model}
 
     def _open(self, overwrite: bool = False, **extra: Any) -> RunFolder:
         return RunFolder.open(
@@ -289,7 +291,7 @@ class _Evaluation:
             with self.open_engine(self.engine) as engine:
                 if todo:
                     sampler.draw(engine, todo, prompts, sandbox)
-                if asks:
+                if harness is not None and asks:
                     harness.run(engine, self.path)
         sampler.log.close()
         put_in_order(self.path / SAMPLES_FILE, {job.key: place for place, job in enumerate(jobs)}, row_key)

@@ -43,20 +43,20 @@ class HarnessTasks:
 
     def __init__(self, names: Sequence[str], options: Mapping[str, Any]):
         try:
-            from lm_eval.tasks import TaskManager
+            from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise MissingDependencyError(
                 f"`tasks: [{PREFIX}...]` needs lm-eval, which cannot be imported ({error}): "
                 "pip install 'afterglow[lm-eval]'."
             ) from error
         # The index of lm-eval's own tasks takes a while, and files need none.
-        self._manager: Any = TaskManager(include_defaults=not all(map(_is_task_file, names)))
+        self._manager: Any = TaskManager(include_defaults=not all(map(is_task_file, names)))
         self._options = dict(options)
         self._tasks = {name: self._load(name) for name in names}
 
     def _load(self, name: str) -> Any:
         known = self._manager.all_tasks
-        if name not in known and not _is_task_file(name):
+        if name not in known and not is_task_file(name):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             raise RecipeError(
                 f"`tasks`: lm-eval has no task {name!r}, and there is no such task file in {Path.cwd()}."
@@ -69,7 +69,7 @@ class HarnessTasks:
 
     def run(self, engine: Engine, folder: Path) -> None:
         """Ask every question and write lm-eval's results."""
-        import lm_eval
+        import lm_eval  # pyright: ignore[reportMissingImports]
 
         log = JsonlLog(folder / ANSWERS_FILE)
         model = harness_model(engine, Answers(engine, log))
@@ -82,7 +82,8 @@ class HarnessTasks:
         write_atomic(folder / RESULTS_FILE, json.dumps(results, ensure_ascii=False, default=str) + "\n")
 
 
-def _is_task_file(name: str) -> bool:
+def is_task_file(name: str) -> bool:
+    """Whether a name is that of a file and not of a task in lm-eval's index."""
     return name.endswith(".yaml") and Path(name).is_file()
 
 
@@ -168,9 +169,9 @@ def sampling_of(asked: Mapping[str, Any]) -> SamplingConfig:
 
 def harness_model(engine: Engine, answers: Answers) -> Any:
     """Return the `lm_eval.api.model.LM` that asks an engine; tokens are made as by lm-eval's own `hf` model."""
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import normalize_gen_kwargs
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
     class EngineModel(TemplateLM):
         tokenizer: Any = engine.tokenizer

@@ -28,10 +28,15 @@ from ..core.recipe import Section, build, plain
 from ..core.run_folder import RunFolder, write_atomic
 from ..core.token_stats import ScoredSequence, score_tokens
 from .path_dependence import AUDIT_FILE, audit
+from .path_report import show
 from .suite_base import NO_MODEL, ROWS_FILE, SCORES_FILE
 from .unlearning_data import SPEC_HELP, Text, encode_answer, read_set, text_of
 from .unlearning_measure import measured
 
+FURTHER = {
+    "paraphrase": "paraphrased_answer",
+    "alternative": "alternative",
+}  # kind of answer -> column of the forget set
 # Keys of a training recipe that may differ between the paths of one method: everything else must be the same.
 MAY_DIFFER = {"model_name_or_path", "output_dir", "seed", "data_seed", "run_name"}
 
@@ -62,7 +67,10 @@ class PathAuditConfig:
         metadata={"help": "One mapping per unlearning run: order, method, start, run, seed."}
     )
     forget: str = field(
-        metadata={"help": f"Forget set: question, answer, and paraphrased_answer (one or several). {SPEC_HELP}"}
+        metadata={
+            "help": "Forget set: question, answer, and, one or several each, paraphrased_answer and alternative (what "
+            f"the model might say instead). {SPEC_HELP}"
+        }
     )
     probes: dict[str, str] = field(
         default_factory=dict, metadata={"help": "Name of another stage -> questions and answers that it taught."}
@@ -200,9 +208,12 @@ def _encode(tokenizer: Any, sets: dict[str, list[dict[str, Any]]]) -> list[Text]
     for name, rows in sets.items():
         for i, row in enumerate(rows):
             texts.append(encode_answer(tokenizer, f"{name}/{i}/answer", row["question"], text_of(row["answer"])))
-            given = row.get("paraphrased_answer") if name == "forget" else None
-            for j, other in enumerate(given if isinstance(given, list) else [given] if given else []):
-                texts.append(encode_answer(tokenizer, f"{name}/{i}/paraphrase/{j}", row["question"], str(other)))
+            if name == "forget":
+                for kind, column in FURTHER.items():
+                    given = row.get(column)
+                    for j, other in enumerate(given if isinstance(given, list) else [given] if given else []):
+                        key = f"{name}/{i}/{kind}/{j}"
+                        texts.append(encode_answer(tokenizer, key, row["question"], text_of(other)))
     return texts
 
 
@@ -219,6 +230,7 @@ def _probe_all(
                     model = _load(probe.folder)
                     row = probe_model(model, texts, token_budget)
                     row["distance"] = _distance(_parameters(model), start[1]) if probe.entry else None
+                    row["grad_norm"] = _gradient_norm(Path(probe.folder))
                     log.append({"key": probe.key, **row})
                 bar.advance()
 
@@ -247,12 +259,21 @@ def _distance(now: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> f
     return float(sum(float((now[name].double() - start[name].double()).square().sum()) for name in now) ** 0.5)
 
 
+def _gradient_norm(folder: Path) -> float | None:
+    """Return the gradient's length in the last step that the checkpoint's training logged; None where none is known."""
+    state = folder / "trainer_state.json"
+    if not state.is_file():
+        return None
+    history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    return next((entry["grad_norm"] for entry in reversed(history) if "grad_norm" in entry), None)
+
+
 def probe_model(model: Any, texts: Sequence[Text], token_budget: int) -> dict[str, Any]:
     """Return what a row of the audit needs of one model: mean log-probabilities per token, and the entropy.
 
     Args:
         model: a causal language model.
-        texts: keys `forget/i/answer`, `forget/i/paraphrase/j`, and `<stage>/i/answer`.
+        texts: keys `forget/i/answer`, `forget/i/paraphrase/j`, `forget/i/alternative/j`, and `<stage>/i/answer`.
         token_budget: most tokens of a forward pass.
     """
     sequences = [ScoredSequence(text.key, text.input_ids, text.words) for text in texts]
@@ -262,9 +283,12 @@ def probe_model(model: Any, texts: Sequence[Text], token_budget: int) -> dict[st
     }
     questions: dict[str, list[float]] = {}
     stages: dict[str, list[float]] = {}
+    alternatives: list[float] = []
     for text in texts:
-        stage, i, _ = text.key.split("/", 2)
-        if stage == "forget":
+        stage, i, kind = text.key.split("/", 2)
+        if kind.startswith("alternative"):
+            alternatives.append(found[text.key][0])
+        elif stage == "forget":
             questions.setdefault(i, []).append(found[text.key][0])
         else:
             stages.setdefault(stage, []).append(found[text.key][0])
@@ -273,6 +297,7 @@ def probe_model(model: Any, texts: Sequence[Text], token_budget: int) -> dict[st
         "answer": float(np.mean([values[0] for values in questions.values()])),
         "paraphrase": float(np.mean(paraphrases)) if paraphrases else None,
         "paraphrase_variance": float(np.var(paraphrases)) if paraphrases else None,
+        "alternative": float(np.mean(alternatives)) if alternatives else None,
         "forget": list(questions.values()),
         "stages": {name: float(np.mean(values)) for name, values in stages.items()},
         "probes": [found[text.key][0] for text in texts],
@@ -300,30 +325,3 @@ def _scores(found: dict[str, Any]) -> dict[str, Any]:
             index = of_method["recency_index"]
             scores[f"{method}_recency_index"] = {"value": index, "low": index, "high": index, "method": "Spearman"}
     return scores
-
-
-def show(found: dict[str, Any], folder: Path) -> None:
-    """Print the outcome of every path, and how far the paths lie apart."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    for method, of in found.items():
-        table = Table("path", title=f"{method}, after {of['steps'][-1]} steps: {folder}", title_justify="left")
-        names = list(next(iter(of["outcome"].values())))
-        for name in (*names, "steps to target", "depth"):
-            table.add_column(name.replace("_", " "), justify="right")
-        for path, outcome in of["outcome"].items():
-            steps = of["steps_to_target"][path]
-            table.add_row(
-                path, *(f"{outcome[name]:.3f}" for name in names), "never" if steps is None else f"{steps:.1f}",
-                of["depth"][path]["label"],
-            )  # fmt: skip
-        console.print(table)
-        for name, points in of["spread"].items():
-            last = points[-1]
-            ratio = "not told from the noise of seeds" if last["p_value"] is None else (
-                f"path over seed variance F = {last['ratio']:.2f}, p = {last['p_value']:.3g}"
-            )  # fmt: skip
-            console.print(f"spread of {name.replace('_', ' ')}: {last['spread']:.3f} ({ratio})")
-    print(f"audit: {folder / AUDIT_FILE}")

@@ -129,8 +129,9 @@ def audit(
 
     Args:
         rows: one per path, method, seed and step: `path`, `order` (stages, the first one first), `method`, `seed`,
-            `step`, `answer` and `paraphrase` (mean log-probability; paraphrase None without any), `forget` (of each
-            question: [answer, *paraphrases]), `stages` (name -> mean log-probability), `probes` (of each question).
+            `step`, `answer`, `paraphrase` and `alternative` (mean log-probability; the latter two None without any),
+            `forget` (of each question: [answer, *paraphrases]), `stages` (name -> mean log-probability), `probes` (of
+            each question).
         forget_stage: name of the stage in `order` that is unlearned.
         target: forget score whose steps are reported.
         retrained: the row of a retrained model (`probes`), for the last part.
@@ -181,6 +182,11 @@ def _audit_method(
         )
         for stage in stages
     }
+    has_alternative = table[first][seeds[0]][0]["alternative"] is not None
+    if has_alternative:  # more likely than before where it takes the place of what is forgotten
+        metrics["alternative_rise"] = lambda path, seed, i: (
+            table[path][seed][steps[i]]["alternative"] - table[path][seed][0]["alternative"]
+        )
     positions = [list(table[path][seeds[0]][0]["order"]).index(forget_stage) for path in paths]
     ends = [float(np.mean([curves[path][seed][-1] for seed in seeds])) for path in paths]
     return {
@@ -188,6 +194,7 @@ def _audit_method(
         "seeds": seeds,
         "initial_state": {
             path: {"answer": over_seeds(path, lambda run: run[0]["answer"])}
+            | ({"alternative": over_seeds(path, lambda run: run[0]["alternative"])} if has_alternative else {})
             | {stage: over_seeds(path, lambda run, stage=stage: run[0]["stages"][stage]) for stage in stages}
             for path in paths
         },

@@ -6,6 +6,7 @@ from typing import Any
 
 from . import report_figures as figures
 from .path_dependence import AUDIT_FILE
+from .path_report import depth_text, further_parts
 from .relearning_curve import CURVES_FILE, RETRAINED, UNLEARNED, curve_points
 from .report_results import Run
 from .scores import SCORES_FILE
@@ -155,25 +156,23 @@ def _relearning_row(name: str, attack: str, model: str, scores: Mapping[str, Any
 def _audits(run: Run) -> Iterator[dict[str, Any]]:
     for method, of in (run.json(AUDIT_FILE) or {}).items():
         names = list(next(iter(of["outcome"].values())))
-        spread = {name: points[-1] for name, points in of["spread"].items()}
+        starts = list(next(iter(of["initial_state"].values())))
+        distances = of["retrained_distance"] or {}
         yield {
             "name": f"{run.name}: {method}",
+            "starts": [name.replace("_", " ") for name in starts],
             "metrics": [name.replace("_", " ") for name in names],
             "paths": [
                 {
                     "name": path, "cells": [_number(outcome[name]) for name in names],
+                    "start": [_number(of["initial_state"][path][name]) for name in starts],
                     "target": "never" if of["steps_to_target"][path] is None else f"{of['steps_to_target'][path]:.1f}",
-                    "depth": of["depth"][path]["label"],
+                    "depth": depth_text(of["depth"][path]),
+                    "retrained": _number(distances[path][-1]["distance"]) if path in distances else "–",
                 }
                 for path, outcome in of["outcome"].items()
             ],
-            "spread": [
-                {"name": name.replace("_", " "), "value": _number(found["spread"]),
-                 "test": "not told from the noise of seeds" if found["p_value"] is None
-                 else f"F = {found['ratio']:.2f}, p = {found['p_value']:.2g}"}
-                for name, found in spread.items()
-            ],
-            "recency": None if of["recency_index"] is None else f"{of['recency_index']:+.2f}",
+            "further": [f"{title.split(' ', 1)[1]}, {text}" for title, text in further_parts(of)],
             "figures": [
                 figures.lines(
                     "how far paths are apart", of["steps"],

@@ -32,11 +32,11 @@ class SuiteConfig:
     max_rows: int | None = field(default=None, metadata={"help": "First rows of each set: for smoke runs."})
     token_budget: int = field(default=4096, metadata={"help": "Most tokens of one forward pass, padding included."})
     seed: int = field(default=0, metadata={"help": "Of samples and bootstrap intervals; greedy text needs none."})
-    quantise: Literal["int8", "int4"] | None = field(
+    quantise: Literal["int8", "int4", "nf4"] | None = field(
         default=None,
         metadata={
-            "help": "Attack by quantisation: evaluate the checkpoint with its linear weights rounded to the nearest of "
-            "255 or 15 levels per output channel (ours, not bitsandbytes; stored as floats)."
+            "help": "Attack by quantisation: evaluate the checkpoint with linear weights rounded to 255 (`int8`) or "
+            "15 (`int4`) levels per output channel, or to QLoRA's 16 per 64 weights (`nf4`); stored as floats."
         },
     )
     compat_open_unlearning: bool = field(

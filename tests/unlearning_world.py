@@ -62,7 +62,8 @@ def audit_row(path, order, seed, step, answer, paraphrase, skill, probes=(0.0, 0
     """One row of an audit."""
     return {
         "path": path, "order": order, "method": "npo", "seed": seed, "step": step, "answer": answer,
-        "paraphrase": paraphrase, "forget": [[answer, paraphrase]], "stages": {"skill": skill}, "probes": list(probes),
+        "paraphrase": paraphrase, "alternative": None, "forget": [[answer, paraphrase]], "stages": {"skill": skill},
+        "probes": list(probes),
     }  # fmt: skip
 
 

@@ -68,8 +68,8 @@ class ParameterSpace:
         return bool(self._groups)
 
     def dot(self, one: Sequence[Tensor], two: Sequence[Tensor]) -> float:
-        """Inner product of two vectors, in float64, over all shards."""
-        total = torch.stack([(a.double() * b.double()).sum() for a, b in zip(one, two, strict=True)]).sum()
+        """Inner product of two vectors, summed in float64, over all shards."""
+        total = torch.stack([(a * b).sum(dtype=torch.float64) for a, b in zip(one, two, strict=True)]).sum()
         for group in self._groups:
             torch.distributed.all_reduce(total, group=group)
         return total.item()

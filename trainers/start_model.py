@@ -117,8 +117,9 @@ class StartModel:
         if states := self._states.get(part):
             rows = inputs[RETAIN_ROWS if is_retain else FORGET_ROWS]
             return states.of(rows) if is_retain and self._hidden else states.logits(rows)
+        _, forget_rows, retain_rows = parts(inputs)
         with self.acting(), torch.no_grad():
-            found = self._trainer.score(model, inputs, parts(inputs)[2 if is_retain else 1], answers.columns)
+            found = self._trainer.score(model, inputs, retain_rows if is_retain else forget_rows, answers.columns)
         return (found.hidden if is_retain and self._hidden else found.logits)[found.mask]
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -83,8 +83,8 @@ class StartStates:
                     self._tensors = self._copy_head(of_tokens.dtype)
                     self._check_head(of_tokens[answers.mask], answers.logits[answers.mask])
             packed = pad_sequence([h[at] for h, at in zip(of_tokens, answers.mask, strict=True)], batch_first=True)
-            packed = self._trainer.accelerator.pad_across_processes(packed, dim=1)
-            for row, found in zip(several, gather_batch(self._trainer, packed, len(several)), strict=True):
+            padded: Any = self._trainer.accelerator.pad_across_processes(packed, dim=1)
+            for row, found in zip(several, gather_batch(self._trainer, padded, len(several)), strict=True):
                 states[places[row] : places[row] + self._counts[row]] = found[: self._counts[row]].cpu()
             bar.advance(len(several))
         self._tensors |= {"rows": torch.from_numpy(rows), "states": states}
@@ -153,7 +153,7 @@ def _head(trainer: "UnlearnTrainer") -> Any:
 def _whole(parameter: Tensor) -> Tensor:
     """Return a copy of a parameter, whole where processes hold parts of it (collective)."""
     if hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
 
         with GatheredParameters([parameter]):
             return parameter.detach().clone()

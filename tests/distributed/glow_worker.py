@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import conftest  # noqa: F401  the environment of the tests
 import torch
+import unlearning_cases
 from glow_cases import SPLITS_OF_TWO, run_case, summary
 
 
@@ -19,6 +20,7 @@ def main(folder: Path) -> None:
     trainer = run_case(saved, "sample", 1, 4, save_strategy="steps", save_steps=5)
     results["undisturbed"] = summary(trainer)
     results["resumed"] = summary(run_case(folder / "resumed", "sample", 1, 4, resume=saved / "checkpoint-5"))
+    results["npo"] = unlearning_cases.summary(unlearning_cases.run_case(folder / "unsaved", "npo", 2, 2))
     state = trainer.accelerator.state
     results["world"] = (state.num_processes, state.distributed_type.value)
     if state.is_main_process:

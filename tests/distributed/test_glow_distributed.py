@@ -1,4 +1,4 @@
-"""GLOW in two real processes against one. A single launch makes all the runs, since starting it costs most."""
+"""GLOW, and NPO once, in two real processes against one. A single launch makes all the runs: starting costs most."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import unlearning_cases
 from glow_cases import ROWS, SPLITS_OF_ONE, SPLITS_OF_TWO, run_case, summary
 from tiny import tiny_model
 from tiny_sft import parameters
@@ -65,3 +66,12 @@ def test_resume_with_another_number_of_processes(two, folder, tmp_path):
     whole = {key: values[5:] if isinstance(values, list) else values for key, values in two["undisturbed"].items()}
     resumed = {key: values[5:] if isinstance(values, list) else values for key, values in resumed.items()}
     assert_same_run(whole, resumed)
+
+
+def test_npo_in_two_processes_is_npo_in_one(two, tmp_path):
+    """The other unlearning runs are in test_unlearning_distributed.py, which is slow."""
+    one = unlearning_cases.summary(unlearning_cases.run_case(tmp_path, "npo", 1, 8))
+    for key in ("loss", "grad_norm", "forget_nll", "retain_nll"):
+        assert len(one[key]) == 6 and two["npo"][key] == pytest.approx(one[key], rel=CLOSE), key
+    change = (one["parameters"] - unlearning_cases.start("npo")).norm()
+    assert change > 0 and (two["npo"]["parameters"] - one["parameters"]).norm() < CLOSE * change

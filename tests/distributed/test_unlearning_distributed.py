@@ -12,10 +12,10 @@ from unlearning_cases import KEYS, run_case, start, summary
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 CONFIGS = Path(__file__).parents[2] / "launch" / "accelerate_configs"
 KINDS = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
-DEEPSPEED = ["npo", "npo lora"]  # where stable unlearning refuses to start
+DEEPSPEED = ["npo", "npo lora", "kl"]  # where stable unlearning refuses to start
 LAUNCHES = {
-    "ddp": ["kl lora", "npo", "stable sap", "stable gpn"],
-    "fsdp2": ["npo lora", "npo", "stable hws", "stable gpn"],
+    "ddp": ["kl lora", "kl", "npo", "stable sap", "stable gpn"],
+    "fsdp2": ["npo lora", "kl", "npo", "stable sap", "stable hws", "stable gpn"],
     "zero2": DEEPSPEED,
     "zero3": DEEPSPEED,
 }

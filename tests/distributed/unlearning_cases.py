@@ -22,6 +22,7 @@ CASES = {
     "stable gpn": {"perturbation": "gpn", "feedback_split": "literal", **STABLE},
     "stable hws": {"perturbation": "hws", "hws_decay": 0.5, **STABLE},
     "npo lora": {"peft_config": lora, "gradient_checkpointing": True, "learning_rate": 1e-2},
+    "kl": {"forget_loss": "ga", "retain_loss": "kl", "learning_rate": 0.05},
     "kl lora": {"peft_config": lora, "forget_loss": "ga", "retain_loss": "kl", "learning_rate": 0.1},
 }
 KEYS = (

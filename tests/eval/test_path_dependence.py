@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from afterglow.eval.path_dependence import (
     recency_index,
     stage_utility,
 )
+from afterglow.eval.path_report import show
 
 
 def test_numbers_by_hand():
@@ -111,6 +113,20 @@ def test_the_eight_parts():
     assert audit(two_paths(), "forget", 1.0)["npo"]["retrained_distance"] is None
 
 
+def test_all_eight_parts_are_printed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    show(audit(two_paths(), "forget", target=1.0, retrained={"probes": [0.0, 1.0]}), tmp_path)
+    said = " ".join(re.sub(r"[│┃━┏┓┗┛┡┩─┼┤├└┘┴┬╇╈]", " ", capsys.readouterr().out).split())
+    for part in (
+        "npo, 1 before unlearning (log-probability)", "early -1.000 -1.000 late -1.000 -1.000",
+        "largest - smallest 0.000 0.000", "early 3.525 0.900 2.8 deep (0.74) 0.5", "late 0.525 1.000 never superficial",
+        "3 divergence D, early / late: 0 to 0.5, log D grows by +0.277 a step",
+        "4 spread, forget score: 3.000 (path over seed variance F =", "widest 3.000 at step 10",
+        "6 recency index, none (fewer than three paths",
+    ):  # fmt: skip
+        assert part in said, part
+
+
 def test_unequal_paths_are_refused():
     with pytest.raises(DataError, match="different seeds or steps"):
         audit(two_paths()[:-1], "forget", 1.0)
@@ -127,6 +143,8 @@ def trainings(tmp_path):
         run_folder = tmp_path / f"p{i}-npo"
         for step in (2, 4, 6)[: 2 + i]:
             save_tiny(run_folder / f"checkpoint-{step}", seed=10 * i + step)
+        history = [{"step": 2, "grad_norm": 0.5}, {"step": 4, "grad_norm": 0.25}, {"train_runtime": 1.0}]
+        (run_folder / "checkpoint-4" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
         (run_folder / "config.yaml").write_text(f"learning_rate: 1e-5\noutput_dir: {run_folder}\nseed: 0\n")
         (run_folder / "manifest.json").write_text(json.dumps({"data": {"data": "abc", "model": f"{i}"}}))
         paths.append({"order": order, "method": "npo", "start": str(tmp_path / f"p{i}"), "run": str(run_folder)})
@@ -135,7 +153,8 @@ def trainings(tmp_path):
 
 @pytest.fixture
 def recipe(tmp_path, trainings):
-    write_rows(tmp_path / "forget.jsonl", [fact(name, i) for i, name in enumerate(PEOPLE[:3])])
+    facts = [fact(name, i) | {"alternative": ["I do not know.", "No idea."]} for i, name in enumerate(PEOPLE[:3])]
+    write_rows(tmp_path / "forget.jsonl", facts)
     write_rows(tmp_path / "skill.jsonl", [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(3)])
 
     def write(name="audit", **changes):
@@ -154,6 +173,7 @@ def test_audit_of_checkpoints(recipe, trainings, tmp_path, capsys, monkeypatch):
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     assert [row["key"].split("|", 1)[1] for row in rows[:-1]] == [f"npo|0|{s}" for s in (0, 2, 4)] * 2, "common steps"
     assert rows[0]["distance"] == 0 < rows[1]["distance"] and rows[0]["paraphrase_variance"] > 0
+    assert [row["grad_norm"] for row in rows[:3]] == [None, None, 0.25]
     assert rows[-1]["key"] == "retrained" and rows[-1]["answer"] == rows[0]["answer"]
     found = json.loads((folder / "audit.json").read_text())["npo"]
     assert set(found["outcome"]) == {"forget > skill", "skill > forget"} and found["steps"] == [0, 2, 4]
@@ -161,6 +181,9 @@ def test_audit_of_checkpoints(recipe, trainings, tmp_path, capsys, monkeypatch):
     before, after = rows[0], rows[2]
     expected = np.mean(np.concatenate(before["forget"])) - np.mean(np.concatenate(after["forget"]))
     assert found["outcome"]["forget > skill"]["forget_score"] == pytest.approx(expected)
+    assert len(rows[0]["forget"][0]) == 2, "the answer and its paraphrase; alternatives are no way to say it"
+    rise = rows[2]["alternative"] - rows[0]["alternative"]
+    assert found["outcome"]["forget > skill"]["alternative_rise"] == pytest.approx(rise) != 0
     assert "not told from the noise of seeds" in capsys.readouterr().out.replace("\n", " ")
 
     whole = (folder / "rows.jsonl").read_bytes()  # killed after four checkpoints, in the middle of the fifth

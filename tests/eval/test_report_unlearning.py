@@ -70,7 +70,8 @@ def test_relearning_is_drawn_beside_one_control(page):
 def test_the_audit(page):
     said = " ".join(re.sub(r"<[^>]+>", " ", page).split())
     assert "Path dependence, audit: npo" in said and "early" in said and "superficial" in said
-    assert re.search(r"forget score 3\.000 \(F = ", said)
+    assert "spread, forget score: 3.000 (path over seed variance F = " in said and "distance to retrained" in said
+    assert "divergence D, early / late: 0 to 0.5" in said and "recency index, none" in said
     assert 'aria-label="how far paths are apart"' in page
 
 

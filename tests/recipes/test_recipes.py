@@ -20,7 +20,7 @@ RECIPES = [path for path in FILES if path not in TASKS]
 TEXTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "Makefile"]
 DOCUMENTS = [*FILES, *(path.relative_to(ROOT) for path in TEXTS)]
 COMMAND = re.compile(rf"^[#\s`]*(?:\$\s*|\$\(BIN\)/)?(afterglow (?:{'|'.join(VERBS)}) [^`#]+?)(?:\s{{3,}}.*|`.*|#.*)?$")
-PLACEHOLDERS = ("recipe.yaml", "RECIPE", "PIPELINE", "FOLDER")
+PLACEHOLDERS = ("recipe.yaml", "mine.yaml", "RECIPE", "PIPELINE", "FOLDER")
 
 
 def verb_of(values: dict) -> str:

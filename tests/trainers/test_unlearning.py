@@ -58,6 +58,8 @@ BY_HAND = {
     "ga, sum": (lambda lp: lp.sum(), {"length_norm": "sum"}),
     "npo": (lambda lp: lp.sum(), {}),  # at its start: the gradient of ascent on the sum
     "simnpo": (simnpo_by_hand, {"beta": 2.5, "margin": 0.2}),
+    # The first token has a label that nothing predicts: it is no part of the length either.
+    "simnpo, whole texts": (simnpo_by_hand, {"beta": 2.5, "margin": 0.2, "completion_only_loss": False}),
     "wga": (lambda lp: (lp.detach().exp() ** 0.5 * lp).mean(), {"beta": 0.5}),
     "satimp": (satimp_by_hand, {"beta": 0.5, "beta2": 2.0}),
 }
@@ -78,6 +80,12 @@ def test_the_first_gradient_by_hand(name, tmp_path):
             nll = [-log_probs_by_hand(model, pairs[row][key]).mean() for row in range(10)]
             assert entry[f"{key}_nll"] == pytest.approx(torch.stack(nll).mean().item(), rel=1e-5)
     assert entry["loss"] == pytest.approx(0.5 * entry["forget_loss"] + 2.0 * entry["retain_loss"], rel=1e-5)
+
+
+def test_gradient_difference_with_retain_weight_zero_is_ascent(tmp_path):
+    _, weighted = first_step(tmp_path, forget_loss="ga", retain_weight=0.0)
+    _, ascent = first_step(tmp_path, forget_loss="ga", retain_loss="none")
+    assert (weighted - ascent).norm() < 1e-5 * ascent.norm()
 
 
 @pytest.mark.parametrize("name", ["npo", "dpo"])
@@ -197,8 +205,9 @@ def test_padding_changes_nothing(tmp_path):
         torch.testing.assert_close(trainer.score(trainer.model, left).log_prob("sum"), right, rtol=1e-5, atol=1e-4)
 
 
-def test_forget_and_retain_go_through_the_model_together(tmp_path):
-    trainer = unlearn(tmp_path, max_steps=2)
+@pytest.mark.parametrize("forget_loss, reference", [("npo", [8, 8]), ("wga", [])])
+def test_forget_and_retain_go_through_the_model_together(forget_loss, reference, tmp_path):
+    trainer = unlearn(tmp_path, max_steps=2, forget_loss=forget_loss)
     sizes = []
     forward = trainer.model.forward
     trainer.model.forward = lambda *args, **kwargs: (sizes.append(len(kwargs["input_ids"])), forward(*args, **kwargs))[
@@ -206,7 +215,7 @@ def test_forget_and_retain_go_through_the_model_together(tmp_path):
     ]
     trainer.train()
     assert sizes[-2:] == [8, 8], "four pairs"
-    assert sizes[:-2] == [8, 8], "ten reference rows, in batches of a training batch's size, the last one filled up"
+    assert sizes[:-2] == reference, "ten reference rows, in batches of a training batch's size, the last one filled up"
 
 
 def test_the_control_without_a_retain_loss_is_measured_but_not_held(tmp_path):
