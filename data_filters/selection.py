@@ -30,7 +30,8 @@ def lowest(values: Sequence[float | None], ids: Sequence[str], keep_ratio: float
     count = kept_count(len(rows), keep_ratio)
     cut = np.partition(scores, count - 1)[count - 1]
     below = rows[scores < cut].tolist()
-    ties = sorted(rows[scores == cut].tolist(), key=lambda row: ids[row])
+    equal: list[int] = rows[scores == cut].tolist()
+    ties = sorted(equal, key=lambda row: ids[row])
     return {*below, *ties[: count - len(below)]}
 
 
