@@ -152,7 +152,6 @@ def test_wrong_choices_are_refused_with_their_place(tmp_path):
 
 
 def test_several_subsets_are_one_task(tmp_path, monkeypatch):
-    from afterglow.core import trajectory
 
     def hub(name, subset, split):
         class Table(list):
@@ -162,6 +161,6 @@ def test_several_subsets_are_one_task(tmp_path, monkeypatch):
         table.split = split
         return table
 
-    monkeypatch.setattr(trajectory, "load_dataset", hub)
+    monkeypatch.setattr("afterglow.core.row_sources.load_dataset", hub)
     task = Task("bbh", "someone/bbh", subset=["sums", "words"], columns={"problem_id": "n"})
     assert [problem.problem_id for problem in task.load_problems()] == ["sums/0", "sums/1", "words/0", "words/1"]
