@@ -23,13 +23,13 @@ from trl.experimental.async_grpo.async_grpo_config import AsyncGRPOConfig
 from trl.experimental.async_grpo.async_grpo_trainer import AsyncGRPOTrainer
 
 from ..core.checkpoint import read_checkpoint
-from ..core.errors import RecipeError, RunFolderError
+from ..core.errors import RecipeError
 from ..core.generation import EngineConfig, open_engine
 from ..core.grading import Grader
 from ..core.rollout import RolloutConfig
 from ..core.sandbox import SandboxConfig, open_sandbox
 from ..core.tool_protocol import open_protocol
-from .checkpoints import MarkComplete, checkpoint_folder, last_complete_checkpoint
+from .checkpoints import MarkComplete, checkpoint_folder, checkpoint_to_resume
 from .collapse_guard import CollapseGuard, CollapseGuardConfig, heed
 from .rollouts import any_has_tools, gradable_rows
 from .streamed_rollouts import StreamedRollouts
@@ -182,16 +182,12 @@ class AsyncToolRLVRTrainer(AsyncGRPOTrainer):
             RunFolderError: there is no such checkpoint, or it has no prompt table.
             CollapseError: the guard stopped the run.
         """
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = last_complete_checkpoint(str(self.args.output_dir))
-            if checkpoint is None:
-                raise RunFolderError(f"{self.args.output_dir}: no whole checkpoint here. Train from the start.")
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
         if checkpoint:
-            self.collapse_guard.load(Path(checkpoint))
+            self.collapse_guard.load(checkpoint)
             self.last_good = str(checkpoint) if self.collapse_guard.good else None
             if self.rollout_worker is not None:
-                self.rollout_worker.load(Path(checkpoint))
+                self.rollout_worker.load(checkpoint)
         with ExitStack() as stack:
             stack.callback(self.grader.close)
             if self._sandbox:

@@ -8,6 +8,8 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..core.errors import RunFolderError
+
 COMPLETE = "complete"
 
 
@@ -41,3 +43,17 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     """Return the newest whole checkpoint below `output_dir`, or None."""
     whole = [marker.parent for marker in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
     return max(whole, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
+
+
+def checkpoint_to_resume(resume_from_checkpoint: str | Path | bool | None, output_dir: str | Path) -> Path | None:
+    """Return the folder that `resume_from_checkpoint` means: True is the last whole one, None starts anew.
+
+    Raises:
+        RunFolderError: it is True, and `output_dir` holds no whole checkpoint.
+    """
+    if resume_from_checkpoint is not True:
+        return Path(resume_from_checkpoint) if resume_from_checkpoint else None
+    found = last_complete_checkpoint(output_dir)
+    if found is None:
+        raise RunFolderError(f"{output_dir}: no whole checkpoint here. Train from the start.")
+    return found

@@ -19,8 +19,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..core.errors import DataError, RecipeError, RunFolderError
-from .checkpoints import MarkComplete, checkpoint_folder, last_complete_checkpoint
+from ..core.errors import DataError, RecipeError
+from .checkpoints import MarkComplete, checkpoint_folder, checkpoint_to_resume
 from .heldout import HeldoutConfig, HeldoutEvaluation
 from .loss_ledger import NO_SAMPLE, LossLedger, check_ids
 from .losses import drop_penalty_slope, glow_weight
@@ -285,14 +285,10 @@ class GLOWTrainer(WeightedSFTTrainer):
         Raises:
             RunFolderError: there is no such checkpoint, or it has no ledger.
         """
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = last_complete_checkpoint(str(self.args.output_dir))
-            if checkpoint is None:
-                raise RunFolderError(f"{self.args.output_dir}: no whole checkpoint here. Train from the start.")
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
         device = self.accelerator.device
         if checkpoint:
-            self.ledger = LossLedger.load(Path(checkpoint), self._ids, device)
+            self.ledger = LossLedger.load(checkpoint, self._ids, device)
         else:
             self.ledger = LossLedger(self._ids, device)
         result = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)

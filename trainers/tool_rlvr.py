@@ -19,14 +19,13 @@ from transformers import TrainerCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from ..core.checkpoint import Checkpoint
-from ..core.errors import RunFolderError
 from ..core.generation import Request, SamplingConfig
 from ..core.grading import Grader
 from ..core.rollout import Rollout, RolloutState, TurnRequest
 from ..core.rollout_runner import TurnReply, run_lockstep
 from ..core.sandbox import open_sandbox
 from ..core.tool_protocol import open_protocol
-from .checkpoints import MarkComplete, checkpoint_folder, last_complete_checkpoint
+from .checkpoints import MarkComplete, checkpoint_folder, checkpoint_to_resume
 from .collapse_guard import CollapseGuard, heed
 from .prompt_curriculum import PromptCurriculum
 from .rl_losses import plan_update
@@ -147,15 +146,11 @@ class ToolRLVRTrainer(GRPOTrainer):
             RunFolderError: there is no such checkpoint, or it has no prompt table.
             CollapseError: the guard stopped the run.
         """
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = last_complete_checkpoint(str(self.args.output_dir))
-            if checkpoint is None:
-                raise RunFolderError(f"{self.args.output_dir}: no whole checkpoint here. Train from the start.")
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
         self._new_state()
         if checkpoint:
-            self.curriculum.load(Path(checkpoint))
-            self.collapse_guard.load(Path(checkpoint))
+            self.curriculum.load(checkpoint)
+            self.collapse_guard.load(checkpoint)
             self.last_good = str(checkpoint) if self.collapse_guard.good else None
         with ExitStack() as stack:
             stack.callback(self.grader.close)

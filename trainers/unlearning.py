@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
-from ..core.errors import DataError, RecipeError, RunFolderError
+from ..core.errors import DataError, RecipeError
 from . import unlearning_losses as losses
-from .checkpoints import MarkComplete, checkpoint_folder, last_complete_checkpoint
+from .checkpoints import MarkComplete, checkpoint_folder, checkpoint_to_resume
 from .global_batch import check_spread, count_real_rows
 from .paired_rows import FORGET_ROWS, PairCollator, PairedRows, parts
 from .start_model import StartModel, load_alternatives
@@ -169,12 +169,8 @@ class UnlearnTrainer(SFTTrainer):
         Raises:
             RunFolderError: there is no such checkpoint, or it was started from another model or on other data.
         """
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = last_complete_checkpoint(str(self.args.output_dir))
-            if checkpoint is None:
-                raise RunFolderError(f"{self.args.output_dir}: no whole checkpoint here. Train from the start.")
-        self.restore(Path(checkpoint) if checkpoint else None)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
+        self.restore(checkpoint)
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def restore(self, checkpoint: Path | None) -> None:
