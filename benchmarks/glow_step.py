@@ -10,7 +10,6 @@ runs/bench/glow_step.json.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import torch
 import transformers
 from datasets import Dataset
+from peak_memory import resident_peak_gb
 from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -117,7 +117,7 @@ def peak_memory() -> float:
     """Gigabytes: of the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resident_peak_gb()
 
 
 def compare_memory() -> dict:

@@ -17,7 +17,6 @@ before the clock starts and reported apart. Writes runs/bench/token_stats.json.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from peak_memory import resident_peak_gb
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -142,7 +142,7 @@ def serve(kind: str, pieces: list[list[ScoredSequence]]) -> None:
             done = list({"plain": plain, "fused": fused}[kind](model, piece))
             answer = {"seconds": time.perf_counter() - start}
             answer["rsr"] = {key: (rank.sum() / nll.sum()).item() for key, nll, rank in done}
-        answer["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        answer["peak_gb"] = resident_peak_gb()
         print(json.dumps(answer), flush=True)
 
 
