@@ -1,5 +1,6 @@
 """Every recipe that trains, filters, samples or evaluates, run for two steps on a tiny model of the family it names."""
 
+import json
 import shutil
 
 import pytest
@@ -35,7 +36,9 @@ def anywhere(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in SMOKED])
 def test_a_recipe_runs_for_two_steps(name, smoke):
-    shutil.rmtree(smoke.run(name))
+    folder = smoke.run(name)
+    assert json.loads((folder / "manifest.json").read_text())["finished"]
+    shutil.rmtree(folder)
 
 
 def test_the_few_exist():
