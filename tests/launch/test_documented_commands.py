@@ -44,7 +44,7 @@ def smoke(tmp_path_factory):
 def eight_gpus_and_a_tracker(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trackers = "transformers.integrations.integration_utils.get_available_reporting_integrations"
-    monkeypatch.setattr(trackers, lambda: ["trackio"])
+    monkeypatch.setattr(trackers, lambda: ["tensorboard"])
     monkeypatch.setenv("AFTERGLOW_DATA", "/data")
     monkeypatch.setattr(processes, "count_gpus", lambda: 8)
     for name in ("use_one_gpu", "hide_gpus"):
