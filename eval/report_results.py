@@ -83,11 +83,14 @@ def describe_tasks(
         scores = {entry.name: entry.scores for entry in entries}
         metrics = shown_metrics(scores.values())
         with_tools = {name: of["tools"] for name, of in scores.items() if "tools" in of}
+        pairs = list(_pairs(entries))
+        changes = [_change(first, second) for first, second in pairs]
         yield {
             "name": task,
             "metrics": metrics,
             "runs": [_score_row(name, of, metrics) for name, of in scores.items()],
-            "changes": [_change(first, second) for first, second in _pairs(entries)],
+            "changes": changes,
+            "headlines": _headlines(pairs, changes),
             "figures": _task_figures(entries),
             "tools": {
                 "runs": list(with_tools),
@@ -110,6 +113,12 @@ def _pairs(entries: list[_Entry]) -> Iterator[tuple[_Entry, _Entry]]:
         yield from (
             (other, entry) for other in entries if other.run == entry.run and other.mode == "none" != entry.mode
         )
+
+
+def _headlines(pairs: list[tuple[_Entry, _Entry]], changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what stands at the top of the page: what training did in each mode, or, of a single run, what tools do."""
+    of_modes = {two.mode: found for (one, two), found in zip(pairs, changes, strict=True) if one.mode == two.mode}
+    return [found for found in (list(of_modes.values()) or changes[-1:]) if found["rows"]]
 
 
 def _task_figures(entries: list[_Entry]) -> list[str]:

@@ -16,7 +16,7 @@ from afterglow.eval import evaluate
 from afterglow.eval.report import run_report
 from afterglow.eval.report_heat_map import heat_map
 from afterglow.eval.report_ledger import describe_ledger, most_regressed, stagnating
-from afterglow.eval.report_results import find_histograms
+from afterglow.eval.report_results import _Entry, _headlines, _pairs, find_histograms
 from afterglow.eval.report_samples import TaskSamples, examples, kind_of, mark_answer
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -246,3 +246,18 @@ def test_kinds_of_samples():
         == kind_of(row(correct=False, finish_reason="length"))
     )
     assert kind_of(row(correct=False)) == "wrong" and kind_of(row(correct=None, finish_reason=None)) == "no verdict"
+
+
+def test_the_page_opens_with_what_training_did_in_every_mode():
+    def entry(run, mode, right):
+        return _Entry(run, mode, {}, [{"problem_id": "p", "n": 4, "correct": right}], None)
+
+    first, tooled, later, later_tooled = (entry(run, mode, 1) for run in ("sft", "rlvr") for mode in ("none", "python"))
+    pairs = list(_pairs([first, tooled, later, later_tooled]))
+    changes = [{"first": one.name, "second": two.name, "rows": [1]} for one, two in pairs]
+    shown = [(found["first"], found["second"]) for found in _headlines(pairs, changes)]
+    assert shown == [("sft", "rlvr"), ("sft +python", "rlvr +python")]
+    alone = list(_pairs([first, tooled]))
+    (only,) = _headlines(alone, [{"first": one.name, "second": two.name, "rows": [1]} for one, two in alone])
+    assert (only["first"], only["second"]) == ("sft", "sft +python")
+    assert _headlines([], []) == [] == _headlines(alone, [{"rows": []}])
